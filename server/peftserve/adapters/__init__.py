@@ -1,0 +1,1 @@
+"""Adapters: what they are, whether they are sound, and where they are kept. Imports no torch."""

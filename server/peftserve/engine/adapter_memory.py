@@ -1,0 +1,58 @@
+"""What the adapter cache asks of the memory that holds adapters: an interface without torch.
+
+`model.adapter_memory` implements it.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from peftserve.types import AdapterKind, AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class HostAdapter:
+    """An adapter parsed, validated and packed in host memory; `weights` is the memory's own business.
+
+    `host_bytes` is what it takes in the host tier. `num_virtual_tokens` is the prefix length, 0 for other kinds.
+    """
+
+    ref: AdapterRef
+    host_bytes: int
+    num_virtual_tokens: int
+    weights: object
+
+    @property
+    def kind(self) -> AdapterKind:
+        return self.ref.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an adapter lies on the device.
+
+    LoRA and bottleneck: `slot` in the tables of its kind, `device_bytes` of the arena. Prefix: `pages`, pinned KV pages
+    whose first `num_virtual_tokens` positions hold its K/V; slot and device_bytes are 0.
+    """
+
+    slot: int = 0
+    device_bytes: int = 0
+    pages: tuple[int, ...] = ()
+
+
+class AdapterMemory(Protocol):
+    """Called by the adapter cache. `load` and `copy` run on its loader thread, the others on the step thread."""
+
+    def load(self, ref: AdapterRef) -> HostAdapter:
+        """Read, verify and pack the adapter. Blocks. Raises `AdapterLoadError`."""
+
+    def fits(self, adapter: HostAdapter) -> bool:
+        """Whether it could be placed on an otherwise empty device (LoRA and bottleneck)."""
+
+    def reserve(self, adapter: HostAdapter) -> Placement | None:
+        """Take a slot and arena room for a LoRA or bottleneck adapter, copying nothing; None when there is no room."""
+
+    def copy(self, adapter: HostAdapter, placement: Placement) -> None:
+        """Fill a reserved placement (or the given KV pages). No step reads it until this has returned."""
+
+    def release(self, placement: Placement, kind: AdapterKind) -> None:
+        """Give a placement's slot and room back. No step uses it any more."""
