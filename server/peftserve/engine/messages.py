@@ -6,6 +6,15 @@ from peftserve.model.spec import ModelSpec
 from peftserve.types import AdapterRef, EngineRequest, ErrorInfo, TokenEvent
 
 
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """The first message down: what to load. `config` is an `EngineConfig` as JSON, `checkpoint` a prepared folder."""
+
+    config: str
+    checkpoint: str
+    log_level: str = "info"
+    log_format: str = "console"
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
     """Start a request. The engine answers with events, the last of which has a finish reason."""
 
@@ -39,7 +48,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """Answered with a `StepUpdate` even when idle, so that a hang shows."""
 
 
-Command = AddRequest | AbortRequest | PrefetchAdapter | UnloadAdapter | Shutdown | Ping
+Command = Start | AddRequest | AbortRequest | PrefetchAdapter | UnloadAdapter | Shutdown | Ping
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

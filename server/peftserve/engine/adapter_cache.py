@@ -1,0 +1,375 @@
+"""The tiered adapter cache: disk -> host -> device, LRU over what nobody uses. Imports no torch.
+
+The step thread owns all state here. Reading and parsing an adapter, and copying it to its place on the device, happen
+on loader threads; their results are taken in by `poll`, so a step never waits for an adapter.
+"""
+
+import enum
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from peftserve.engine.adapter_memory import AdapterMemory, HostAdapter, Placement
+from peftserve.engine.kv_cache import KvPageManager
+from peftserve.engine.loader_pool import LoaderPool
+from peftserve.engine.messages import AdapterResidency
+from peftserve.errors import AdapterLoadError, PeftserveError
+from peftserve.types import AdapterKind, AdapterRef
+
+
+class AdapterState(enum.Enum):
+    """Where an adapter version is. Absent ones have no entry."""
+
+    LOADING = "loading"  # on its way from disk to host, or from host to device
+    HOST = "host"
+    DEVICE = "device"
+    FAILED = "failed"
+
+
+_TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
+    AdapterState.LOADING: frozenset({AdapterState.HOST, AdapterState.DEVICE, AdapterState.FAILED}),
+    AdapterState.HOST: frozenset({AdapterState.LOADING, AdapterState.FAILED}),
+    AdapterState.DEVICE: frozenset({AdapterState.HOST}),
+    AdapterState.FAILED: frozenset({AdapterState.LOADING}),
+}
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    ref: AdapterRef
+    state: AdapterState = AdapterState.LOADING
+    num_virtual_tokens: int | None = None  # prefix length, known after the first load
+    host: HostAdapter | None = None  # kept beside the device copy while the host budget allows
+    placement: Placement | None = None
+    refs: int = 0  # running requests
+    waiters: int = 0  # requests that will want it: its host copy stays
+    pinned: bool = False
+    doomed: bool = False  # unload when the last user is gone
+    error: PeftserveError | None = None
+    retry_at: float = 0.0
+    load_started: float = field(default_factory=time.monotonic)
+    load_s: float | None = None
+
+    def move(self, state: AdapterState) -> None:
+        if state not in _TRANSITIONS[self.state]:
+            raise RuntimeError(f"adapter {self.ref.name}: no transition {self.state.name} -> {state.name}")
+        self.state = state
+
+
+class AdapterCache:
+    """Adapters by digest. `on_done` is called from a loader thread when `poll` has something to take in."""
+
+    def __init__(
+        self,
+        memory: AdapterMemory,
+        kv: KvPageManager,
+        *,
+        host_bytes: int,
+        retry_s: float,
+        on_done: Callable[[], None] = lambda: None,
+        threads: int = 2,
+    ) -> None:
+        self.evictions_device = 0
+        self.evictions_host = 0
+        self.loads = 0
+        self.load_failures = 0
+        self.version = 0  # grows with every change worth reporting
+        self._memory = memory
+        self._kv = kv
+        self._host_budget = host_bytes
+        self._retry_s = retry_s
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._backlog: deque[_Entry] = deque()  # loads that wait for a thread, or for room in the host tier
+        self._pool: LoaderPool[_Entry, HostAdapter | Placement] = LoaderPool(threads, on_done)
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def want(self, ref: AdapterRef) -> None:
+        """A request will need `ref`: start bringing it to the host unless it is there. Balanced by `unwant`."""
+        entry = self._fetch(ref)
+        entry.waiters += 1
+
+    def unwant(self, digest: str) -> None:
+        """The request that wanted it has started, or is gone."""
+        entry = self._entries[digest]
+        entry.waiters -= 1
+        self._settle(entry)
+
+    def acquire(self, digest: str, *, urgent: bool = False) -> int | None:
+        """Take a reference to the adapter on the device; returns its slot, or None when it is not there yet.
+
+        None starts its way to the device if there is room, or if unused adapters can be evicted. `urgent` also evicts
+        those that other requests wait for.
+        """
+        entry = self._entries[digest]
+        self._entries.move_to_end(digest)
+        if entry.state is AdapterState.HOST:
+            self._place(entry, urgent=urgent)
+        if entry.state is not AdapterState.DEVICE or entry.placement is None:
+            return None
+        entry.refs += 1
+        return entry.placement.slot
+
+    def release(self, digest: str) -> None:
+        """Give a reference back."""
+        entry = self._entries[digest]
+        if entry.refs <= 0:
+            raise RuntimeError(f"adapter {entry.ref.name} released more often than acquired")
+        entry.refs -= 1
+        self._settle(entry)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def state(self, digest: str) -> AdapterState | None:
+        """None when absent."""
+        entry = self._entries.get(digest)
+        return entry.state if entry else None
+
+    def error(self, digest: str) -> PeftserveError | None:
+        """Why the last load failed, while a new try is not due."""
+        entry = self._entries.get(digest)
+        if entry is None or entry.state is not AdapterState.FAILED:
+            return None
+        return entry.error
+
+    def is_on_host(self, digest: str) -> bool:
+        """Whether a request for it may wait for a place now (it is on the host or beyond)."""
+        entry = self._entries.get(digest)
+        return entry is not None and (entry.host is not None or entry.placement is not None)
+
+    @property
+    def pages_in_transit(self) -> bool:
+        """Whether KV pages are held by a prefix that is still being copied: they can be reclaimed soon."""
+        return any(
+            entry.state is AdapterState.LOADING and entry.placement and entry.placement.pages
+            for entry in self._entries.values()
+        )
+
+    def num_virtual_tokens(self, digest: str) -> int:
+        """Prefix length; known once the adapter has been on the host."""
+        entry = self._entries[digest]
+        if entry.num_virtual_tokens is None:
+            raise RuntimeError(f"adapter {entry.ref.name} has not been loaded yet")
+        return entry.num_virtual_tokens
+
+    def prefix_pages(self, digest: str) -> tuple[int, ...]:
+        """The pinned KV pages of an acquired prefix adapter; empty for other kinds."""
+        placement = self._entries[digest].placement
+        return placement.pages if placement else ()
+
+    @property
+    def host_bytes_used(self) -> int:
+        return sum(entry.host.host_bytes for entry in self._entries.values() if entry.host)
+
+    @property
+    def device_bytes_used(self) -> int:
+        return sum(entry.placement.device_bytes for entry in self._entries.values() if entry.placement)
+
+    def residency(self) -> list[AdapterResidency]:
+        """Every adapter here, for people."""
+        return [
+            AdapterResidency(
+                digest=entry.ref.digest,
+                name=entry.ref.name,
+                tenant=entry.ref.tenant,
+                kind=entry.ref.kind,
+                state=entry.state.value,
+                refs=entry.refs,
+                pinned=entry.pinned,
+                host_bytes=entry.host.host_bytes if entry.host else 0,
+                device_bytes=entry.placement.device_bytes if entry.placement else 0,
+                load_s=entry.load_s,
+                error=entry.error.message if entry.error else None,
+            )
+            for entry in self._entries.values()
+        ]
+
+    # -- moving --------------------------------------------------------------------------------------------------
+
+    def prefetch(self, ref: AdapterRef, *, pinned: bool) -> None:
+        """Bring `ref` to the host; `pinned` also to the device, to stay there. `pinned=False` unpins."""
+        entry = self._fetch(ref)
+        entry.pinned = pinned
+        entry.doomed = False
+        self.version += 1
+        if pinned and entry.state is AdapterState.HOST:
+            self._place(entry, urgent=False)
+        self._settle(entry)
+
+    def unload(self, digest: str) -> None:
+        """Drop the adapter from all tiers as soon as nobody uses it."""
+        if entry := self._entries.get(digest):
+            entry.doomed = True
+            entry.pinned = False
+            self._settle(entry)
+
+    def poll(self) -> list[str]:
+        """Take in what the loader threads finished; returns the digests that changed."""
+        changed = []
+        for entry, outcome in self._pool.poll():
+            changed.append(entry.ref.digest)
+            self.version += 1
+            if isinstance(outcome, HostAdapter):
+                self._loaded(entry, outcome)
+            elif isinstance(outcome, Placement):
+                entry.move(AdapterState.DEVICE)
+            else:
+                self._failed(entry, outcome)
+            self._settle(entry)
+        if changed:
+            self._trim_host()
+        self._start_loads()
+        return changed
+
+    def reclaim_pages(self) -> bool:
+        """Evict one unused prefix adapter, so that its KV pages are free; False when there is none."""
+        return self._evict_device(lambda entry: bool(entry.placement and entry.placement.pages), urgent=True)
+
+    def close(self) -> None:
+        """Stop the loader threads."""
+        self._pool.close()
+
+    def _fetch(self, ref: AdapterRef) -> _Entry:
+        entry = self._entries.get(ref.digest)
+        if entry is None:
+            entry = self._entries[ref.digest] = _Entry(ref)
+            self._queue_load(entry)
+        elif entry.state is AdapterState.FAILED and time.monotonic() >= entry.retry_at:
+            entry.move(AdapterState.LOADING)
+            self._queue_load(entry)
+        self._entries.move_to_end(ref.digest)
+        return entry
+
+    def _queue_load(self, entry: _Entry) -> None:
+        entry.load_started = time.monotonic()
+        entry.error = None
+        self.version += 1
+        self._backlog.append(entry)
+        self._start_loads()
+
+    def _start_loads(self) -> None:
+        """Start queued loads while threads are idle and the host tier has room, or can make some."""
+        while self._backlog and self._pool.in_flight < self._pool.threads:
+            self._trim_host()
+            if self.host_bytes_used > self._host_budget:
+                return  # all of it is waited for; room comes as those requests start
+            entry = self._backlog.popleft()
+            self._pool.submit(entry, partial(self._memory.load, entry.ref))
+
+    def _loaded(self, entry: _Entry, host: HostAdapter) -> None:
+        self.loads += 1
+        entry.load_s = time.monotonic() - entry.load_started
+        if reason := self._never_fits(host):
+            self._failed(entry, AdapterLoadError(f"adapter {entry.ref.name} cannot be served: {reason}"))
+            return
+        entry.host = host
+        entry.num_virtual_tokens = host.num_virtual_tokens
+        entry.move(AdapterState.HOST)
+        if entry.pinned:
+            self._place(entry, urgent=False)
+
+    def _never_fits(self, host: HostAdapter) -> str | None:
+        if host.host_bytes > self._host_budget:
+            return f"it needs {host.host_bytes} bytes of host memory, adapter_host_bytes is {self._host_budget}"
+        if host.kind is AdapterKind.PREFIX:
+            # One page more, so that a request has at least a page of its own.
+            pages = self._kv.pages_for(host.num_virtual_tokens) + 1
+            if pages > self._kv.num_pages:
+                return f"its prefix needs {pages} KV pages, kv_cache_bytes holds {self._kv.num_pages}"
+        elif not self._memory.fits(host):
+            return "its weights exceed adapter_device_bytes"
+        return None
+
+    def _failed(self, entry: _Entry, error: PeftserveError) -> None:
+        self.load_failures += 1
+        if entry.placement:
+            self._give_back(entry)
+        entry.host = None
+        entry.error = error
+        entry.retry_at = time.monotonic() + self._retry_s
+        entry.move(AdapterState.FAILED)
+
+    def _place(self, entry: _Entry, *, urgent: bool) -> None:
+        """HOST -> on its way to the device, evicting unused adapters for room; stays HOST when there is none."""
+        host = entry.host
+        if host is None:
+            raise RuntimeError(f"adapter {entry.ref.name} has no host copy")
+        uses_pages = host.kind is AdapterKind.PREFIX
+        while (placement := self._reserve(host)) is None:
+            if not self._evict_device(lambda e: uses_pages == bool(e.placement and e.placement.pages), urgent=urgent):
+                return
+        entry.placement = placement
+        entry.move(AdapterState.LOADING)
+
+        def copy() -> Placement:
+            self._memory.copy(host, placement)
+            return placement
+
+        self._pool.submit(entry, copy)
+
+    def _reserve(self, host: HostAdapter) -> Placement | None:
+        if host.kind is not AdapterKind.PREFIX:
+            return self._memory.reserve(host)
+        pages = self._kv.allocate(self._kv.pages_for(host.num_virtual_tokens))
+        return None if pages is None else Placement(pages=tuple(pages))
+
+    def _give_back(self, entry: _Entry) -> None:
+        placement = entry.placement
+        if placement is None:
+            raise RuntimeError(f"adapter {entry.ref.name} is not placed")
+        if placement.pages:
+            self._kv.release(placement.pages)
+        else:
+            self._memory.release(placement, entry.ref.kind)
+        entry.placement = None
+
+    def _evict_device(self, wanted: Callable[[_Entry], bool], *, urgent: bool) -> bool:
+        for entry in self._entries.values():
+            idle = entry.state is AdapterState.DEVICE and not entry.refs and not entry.pinned
+            if idle and wanted(entry) and (urgent or not entry.waiters):
+                self.evictions_device += 1
+                self._leave_device(entry)
+                return True
+        return False
+
+    def _leave_device(self, entry: _Entry) -> None:
+        self._give_back(entry)
+        self.version += 1
+        if entry.host is not None:
+            entry.move(AdapterState.HOST)
+        elif entry.waiters:
+            # Its host copy had to make room meanwhile, and somebody still waits for it.
+            entry.move(AdapterState.HOST)
+            entry.move(AdapterState.LOADING)
+            self._queue_load(entry)
+        else:
+            del self._entries[entry.ref.digest]
+
+    def _trim_host(self) -> None:
+        """Drop host copies, least recently used first, until the budget holds: first those also on the device."""
+        excess = self.host_bytes_used - self._host_budget
+        for on_device in (True, False):
+            for entry in list(self._entries.values()):
+                if excess <= 0:
+                    return
+                host = entry.host
+                if host is None or entry.waiters or entry.state is AdapterState.LOADING:
+                    continue
+                if (entry.state is AdapterState.DEVICE) is not on_device or (entry.pinned and not on_device):
+                    continue
+                excess -= host.host_bytes
+                entry.host = None
+                self.evictions_host += 1
+                if not on_device:
+                    del self._entries[entry.ref.digest]
+
+    def _settle(self, entry: _Entry) -> None:
+        """Finish an unload whose last user is gone."""
+        if not entry.doomed or entry.refs or entry.waiters or entry.state is AdapterState.LOADING:
+            return
+        if entry.placement:
+            self._give_back(entry)
+        self._entries.pop(entry.ref.digest, None)
+        self.version += 1

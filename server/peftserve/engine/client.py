@@ -1,0 +1,306 @@
+"""The front end's handle on the engine process: starts it, talks to it, notices when it dies or hangs, restarts it."""
+
+import asyncio
+import contextlib
+import enum
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import structlog
+
+from peftserve.config import EngineConfig
+from peftserve.engine import channel
+from peftserve.engine.messages import (
+    AbortRequest,
+    AdapterResidency,
+    AddRequest,
+    Command,
+    EngineInfo,
+    EngineStats,
+    Fatal,
+    Ping,
+    PrefetchAdapter,
+    Ready,
+    Shutdown,
+    Start,
+    StepUpdate,
+    UnloadAdapter,
+    Update,
+)
+from peftserve.errors import EngineDeadError, PeftserveError, UnavailableError, from_info
+from peftserve.types import AdapterKind, AdapterRef, EngineRequest, FinishReason, TokenEvent
+
+log = structlog.get_logger(__name__)
+
+_PING_S = 2.0
+_STOP_S = 5.0
+_BACKOFF_S = (0.2, 1.0, 5.0, 15.0, 30.0)  # between restarts that follow one another; the last repeats
+_STABLE_S = 60.0  # an engine that lived this long starts again without delay
+_READ_SIZE = 1 << 16
+
+
+class EngineState(enum.StrEnum):
+    """What the front end may expect of the engine."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"  # could not start at all; `failure` says why
+    STOPPED = "stopped"
+
+
+class EngineClient:
+    """One engine process at a time, over a socket pair. All methods belong to one event loop.
+
+    `on_update` sees every `StepUpdate` (metrics); `on_ready` is called after each start, also after a restart.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Path,
+        *,
+        hang_timeout_s: float,
+        log_level: str = "info",
+        log_format: str = "console",
+        on_update: Callable[[StepUpdate], None] | None = None,
+        on_ready: Callable[[EngineInfo], None] | None = None,
+    ) -> None:
+        self.state = EngineState.STOPPED
+        self.info: EngineInfo | None = None
+        self.stats = EngineStats()
+        self.residency: dict[str, AdapterResidency] = {}
+        self.restarts = 0
+        self.failure: PeftserveError | None = None
+        self._start_message = Start(
+            config=config.model_dump_json(), checkpoint=str(checkpoint), log_level=log_level, log_format=log_format
+        )
+        self._threads = config.threads
+        self._hang_timeout_s = hang_timeout_s
+        self._on_update = on_update
+        self._on_ready = on_ready
+        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+        self._process: asyncio.subprocess.Process | None = None
+        self._silent_ticks = 0
+        self._stopping = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running engine."""
+        return self._process.pid if self._process else None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineInfo:
+        """Start the process and wait until it serves. Raises what kept it from starting."""
+        self.state = EngineState.STARTING
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.state is not EngineState.STARTING)
+        if self.info is None:
+            raise self.failure or UnavailableError("the engine did not start")
+        return self.info
+
+    async def stop(self) -> None:
+        """End the process; what still runs ends with an error event."""
+        if self._supervisor is None:
+            return
+        supervisor, self._supervisor = self._supervisor, None
+        await self._set_state(EngineState.STOPPED)
+        self._stopping.set()
+        self._send(Shutdown())
+        done, _ = await asyncio.wait({supervisor}, timeout=_STOP_S)
+        if not done:
+            log.warning("engine did not stop in time; killing it", pid=self.pid)
+            if self._process is not None:
+                self._process.kill()
+            await supervisor
+        self._fail_streams(UnavailableError("the server is shutting down"))
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Return when the engine serves; TimeoutError after `timeout_s`."""
+        async with self._changed:
+            await asyncio.wait_for(self._changed.wait_for(lambda: self.state is EngineState.READY), timeout_s)
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        """The events of one request; the last has a finish reason. Closing the iterator early aborts the request.
+
+        Raises UnavailableError (with `retry_after_s`) while no engine serves.
+        """
+        if self.state is not EngineState.READY:
+            raise UnavailableError(f"the engine is {self.state}; try again", retry_after_s=2.0)
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._streams[request.id] = events
+        self._send(AddRequest(request=request))
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            if self._streams.pop(request.id, None) is not None:
+                self._send(AbortRequest(request_id=request.id))
+
+    def prefetch(self, adapter: AdapterRef, *, pinned: bool = False) -> None:
+        """Bring an adapter to the engine's memory before it is asked for; `pinned` keeps it on the device."""
+        self._send(PrefetchAdapter(adapter=adapter, pinned=pinned))
+
+    def unload(self, digest: str) -> None:
+        """Drop an adapter from the engine's memory when its last request is done."""
+        self._send(UnloadAdapter(digest=digest))
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        """Keep an engine running until `stop`."""
+        attempt = 0
+        while True:
+            started = time.monotonic()
+            await self._run_process()
+            if self.state is EngineState.STOPPED:
+                return
+            if self.info is None:
+                await self._set_state(EngineState.FAILED)  # the first start failed: its cause will not go away
+                return
+            lived = time.monotonic() - started
+            attempt = 0 if lived > _STABLE_S else attempt + 1
+            delay = 0.0 if attempt == 0 else _BACKOFF_S[min(attempt, len(_BACKOFF_S)) - 1]
+            self.restarts += 1
+            log.error("engine died; restarting", lived_s=round(lived, 1), delay_s=delay, restarts=self.restarts)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+                return
+
+    async def _run_process(self) -> None:
+        """One life of the process, from its start to its end."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "peftserve.engine.process", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                env=self._environment(),
+            )
+        self._process = process
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.write(channel.encode(self._start_message))
+        watchdog = asyncio.create_task(self._watch(process), name="engine-watchdog")
+        try:
+            await self._read_updates(reader)
+        finally:
+            watchdog.cancel()
+            self._writer.close()
+            self._writer = None
+            await _reap(process)
+            self._process = None
+            if self.state is EngineState.READY:
+                await self._set_state(EngineState.RESTARTING)
+            self.stats = EngineStats()
+            self._fail_streams(EngineDeadError("the engine stopped while the request was running", retry_after_s=2.0))
+
+    def _environment(self) -> dict[str, str]:
+        if not self._threads:
+            return dict(os.environ)
+        return {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
+
+    async def _read_updates(self, reader: asyncio.StreamReader) -> None:
+        """Take messages in until the process closes the channel."""
+        decoder = channel.update_decoder()
+        while data := await _read(reader):
+            self._silent_ticks = 0
+            for update in decoder.feed(data):
+                await self._take(update)
+
+    async def _take(self, update: Update) -> None:
+        match update:
+            case StepUpdate():
+                self.stats = update.stats
+                if update.residency is not None:
+                    self.residency = {adapter.digest: adapter for adapter in update.residency}
+                for event in update.events:
+                    self._dispatch(event)
+                if self._on_update:
+                    self._on_update(update)
+            case Ready(info=info):
+                self.info = info
+                before, self.residency = self.residency, {}
+                for adapter in before.values():
+                    self.prefetch(_ref(adapter), pinned=adapter.pinned)
+                if self._on_ready:
+                    self._on_ready(info)
+                await self._set_state(EngineState.READY)
+            case Fatal(error=error):
+                self.failure = from_info(error)
+                log.error("engine cannot run", error=error.message)
+
+    def _dispatch(self, event: TokenEvent) -> None:
+        final = event.finish_reason is not None
+        stream = self._streams.pop(event.request_id, None) if final else self._streams.get(event.request_id)
+        if stream is not None:
+            stream.put_nowait(event)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill an engine that answers nothing for `hang_timeout_s`.
+
+        Silence is counted in ticks of this task, not by the clock: if the front end itself was held up (a suspended
+        laptop), the engine's answers are waiting in the socket and must be read first.
+        """
+        self._silent_ticks = 0
+        while True:
+            await asyncio.sleep(_PING_S)
+            if self.state is not EngineState.READY:
+                continue
+            self._silent_ticks += 1
+            if self._silent_ticks * _PING_S > self._hang_timeout_s:
+                log.error("engine hangs; killing it", pid=process.pid, silent_s=self._silent_ticks * _PING_S)
+                process.kill()
+                return
+            if self._silent_ticks > 1:
+                self._send(Ping())
+
+    def _send(self, command: Command) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(channel.encode(command))
+
+    def _fail_streams(self, error: PeftserveError) -> None:
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            stream.put_nowait(
+                TokenEvent(request_id=request_id, finish_reason=FinishReason.ERROR, error=error.to_info())
+            )
+
+    async def _set_state(self, state: EngineState) -> None:
+        async with self._changed:
+            self.state = state
+            self._changed.notify_all()
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read(_READ_SIZE)
+    except ConnectionError:
+        return b""  # killed with data of ours unread
+
+
+async def _reap(process: asyncio.subprocess.Process) -> None:
+    """The channel is closed: the process has ended, is about to, or must be made to."""
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _ref(adapter: AdapterResidency) -> AdapterRef:
+    return AdapterRef(digest=adapter.digest, kind=AdapterKind(adapter.kind), name=adapter.name, tenant=adapter.tenant)

@@ -1,0 +1,81 @@
+"""The engine process: `python -m peftserve.engine.process FD`, started by `engine.client` with a socket as FD."""
+
+import os
+import signal
+import socket
+import sys
+
+import structlog
+
+from peftserve import log as logging_setup
+from peftserve.config import EngineConfig
+from peftserve.engine.channel import EngineChannel
+from peftserve.engine.core import EngineCore
+from peftserve.engine.messages import Fatal, Ping, Ready, Shutdown, Start
+from peftserve.errors import InternalError, PeftserveError, UnavailableError
+
+log = structlog.get_logger(__name__)
+
+# While requests wait but none can run, look again this often: ageing is by the clock.
+_WAITING_POLL_S = 0.05
+
+
+def main(fd: int) -> int:
+    """Serve one front end until it asks to shut down or goes away; returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides
+    channel = EngineChannel(socket.socket(fileno=fd))
+    try:
+        return _serve(channel)
+    except (EOFError, ConnectionError):
+        return 0  # the front end is gone: nobody to serve, nobody to tell
+
+
+def _serve(channel: EngineChannel) -> int:
+    start, *early = channel.receive(None)
+    if not isinstance(start, Start):
+        raise RuntimeError(f"expected Start, got {type(start).__name__}")
+    logging_setup.configure(start.log_level, start.log_format)
+    try:
+        # Imports torch, which the front end must not; threads are set in the environment before that.
+        from peftserve.engine.build import build_engine
+
+        core, info = build_engine(EngineConfig.model_validate_json(start.config), start.checkpoint, channel.wake)
+    except PeftserveError as error:
+        channel.send(Fatal(error=error.to_info()))
+        return 1
+    except Exception as error:
+        log.exception("engine start failed")
+        channel.send(Fatal(error=InternalError(f"engine start failed: {type(error).__name__}: {error}").to_info()))
+        return 1
+    channel.send(Ready(info=info))
+    log.info("engine ready", pid=os.getpid(), device=info.device, dtype=info.dtype, kv_pages=info.num_kv_pages)
+    for command in early:
+        core.handle(command)
+    return run(core, channel)
+
+
+def run(core: EngineCore, channel: EngineChannel) -> int:
+    """The loop of the process: commands in, a step, what it produced out."""
+    while True:
+        commands = channel.receive(_patience(core))
+        for command in commands:
+            if isinstance(command, Shutdown):
+                core.scheduler.fail_all(UnavailableError("the server is shutting down"))
+                channel.send(core.step())
+                core.adapters.close()
+                return 0
+            core.handle(command)
+        pinged = any(isinstance(command, Ping) for command in commands)
+        update = core.step()
+        if update.events or update.num_batch_tokens or update.residency is not None or commands or pinged:
+            channel.send(update)
+
+
+def _patience(core: EngineCore) -> float | None:
+    if core.is_busy:
+        return 0.0
+    return _WAITING_POLL_S if len(core.scheduler.waiting) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,253 @@
+"""The scheduler on the simulated device: order, budget, fairness, preemption, prefixes, stops, errors."""
+
+import pytest
+
+from peftserve.engine.messages import AbortRequest, PrefetchAdapter, UnloadAdapter
+from peftserve.types import AdapterKind, FinishReason
+
+from .harness import Harness
+from .simulator import SimulatedMemory, adapter, expected_tokens, request
+
+LORA_A, LORA_B = adapter("lora-a", AdapterKind.LORA), adapter("lora-b", AdapterKind.LORA)
+BOTTLENECK = adapter("neck", AdapterKind.BOTTLENECK)
+PREFIX = adapter("prefix", AdapterKind.PREFIX)
+
+
+def test_one_batch_mixes_all_kinds_in_segments() -> None:
+    h = Harness(memory=SimulatedMemory(virtual_tokens={"prefix": 6}), max_batch_tokens=64)
+    for index, ref in enumerate([BOTTLENECK, None, LORA_B, PREFIX, LORA_A, None, LORA_B]):
+        h.add(request(f"r{index}", [1, 2, 3, index], ref=ref))
+    h.run()
+    for request_id, spec in h.runner.specs.items():
+        assert h.tokens(request_id) == expected_tokens(spec, 4)
+        assert h.events[request_id][-1].finish_reason is FinishReason.LENGTH
+    full = [plan for plan in h.runner.plans if len(plan.rows) == 7]
+    assert full, "all seven never ran in one step"
+    assert [row.kind for row in full[0].rows] == sorted((row.kind for row in full[0].rows), key=list(AdapterKind).index)
+    assert len(full[0].lora.slot) == 2
+    assert len(full[0].bottleneck.slot) == 1
+    h.check_idle()
+
+
+def test_prompts_are_prefilled_in_chunks_within_the_budget_and_decode_goes_first() -> None:
+    h = Harness(max_batch_tokens=8)
+    h.add(request("short", [1], max_tokens=12))
+    h.step()
+    h.add(request("long", list(range(30)), max_tokens=2))
+    h.run()
+    assert all(plan.num_tokens <= 8 for plan in h.runner.plans)
+    chunks = [row.num_tokens for plan in h.runner.plans for row in plan.rows if row.request_id == "long"]
+    assert chunks[:5] == [7, 7, 7, 7, 2]
+    steps = [any(row.request_id == "short" for row in plan.rows) for plan in h.runner.plans]
+    assert all(steps[:12]), "a decode was held up by a prefill"
+
+
+@pytest.mark.parametrize("virtual_tokens", [1, 4, 6, 8])
+def test_prefix_pages_are_shared_and_the_partly_filled_one_is_copied(virtual_tokens: int) -> None:
+    h = Harness(memory=SimulatedMemory(virtual_tokens={"prefix": virtual_tokens}))
+    for index in range(3):
+        h.add(request(f"r{index}", [7, 8, 9, index, 5], ref=PREFIX, max_tokens=5))
+    h.run()
+    for request_id, spec in h.runner.specs.items():
+        assert h.tokens(request_id) == expected_tokens(spec, 5)
+    shared = virtual_tokens // 4
+    tables = {tuple(row.block_table[:shared]) for plan in h.runner.plans for row in plan.rows}
+    assert len(tables) == 1
+    h.check_idle()
+
+
+def test_equal_prompts_are_answered_from_the_prefix_cache_within_tenant_and_adapter_only() -> None:
+    h = Harness()
+    prompt = list(range(13))
+    h.add(request("cold", prompt))
+    h.run()
+    for request_id, ref, tenant in [
+        ("warm", None, "default"),
+        ("other-tenant", None, "rival"),
+        ("other-adapter", LORA_A, "default"),
+    ]:
+        h.add(request(request_id, prompt, ref=ref, tenant=tenant))
+    h.run()
+    cached = {request_id: events[0].num_cached_tokens for request_id, events in h.events.items()}
+    assert cached == {"cold": 0, "warm": 12, "other-tenant": 0, "other-adapter": 0}
+    assert h.tokens("warm") == h.tokens("cold")
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
+    h = Harness()
+    for request_id in ("cold", "warm"):
+        h.add(request(request_id, list(range(8))))
+        h.run()
+    assert h.events["warm"][0].num_cached_tokens == 4
+    assert h.tokens("warm") == h.tokens("cold")
+
+
+def test_preemption_recomputes_and_changes_no_token() -> None:
+    h = Harness(num_pages=8, max_model_len=32, prefix_caching=False)
+    for index in range(4):
+        h.add(request(f"r{index}", [index] * 6, max_tokens=14))
+    h.run()
+    assert h.scheduler.preemptions > 0
+    for request_id, spec in h.runner.specs.items():
+        assert h.tokens(request_id) == expected_tokens(spec, 14)
+    h.check_idle()
+
+
+def test_abort_works_in_every_live_state() -> None:
+    h = Harness(max_num_seqs=1)
+    h.add(request("running", [1, 2], max_tokens=50))
+    h.step()
+    h.add(request("waiting", [1, 2], max_tokens=50))
+    h.add(request("waiting-adapter", [1, 2], ref=LORA_A))
+    for request_id in ("waiting-adapter", "waiting", "running", "unknown"):
+        h.core.handle(AbortRequest(request_id=request_id))
+    h.step()
+    assert [h.events[r][-1].finish_reason for r in ("running", "waiting", "waiting-adapter")] == [
+        FinishReason.ABORT
+    ] * 3
+    h.check_idle()
+
+
+def test_a_stop_token_ends_the_request_and_is_no_output() -> None:
+    spec = request("r", [3, 1], max_tokens=10)
+    third = expected_tokens(spec, 3)[2]
+    h = Harness(stop_token_ids=frozenset({third}))
+    h.add(spec)
+    h.add(request("ignoring", [3, 1], max_tokens=10, ignore_eos=True))
+    h.add(request("minimum", [3, 1], max_tokens=10, min_tokens=3))
+    h.run()
+    assert h.tokens("r") == expected_tokens(spec, 3)[: expected_tokens(spec, 3).index(third)]
+    assert (h.events["r"][-1].finish_reason, h.events["r"][-1].stop_token_id) == (FinishReason.STOP, third)
+    assert len(h.tokens("ignoring")) == 10
+    banned = [row.sample.banned_token_ids for p in h.runner.plans for row in p.rows if row.request_id == "minimum"]
+    assert [third in ids for ids in banned if ids is not None][:4] == [True, True, True, False][: len(banned)]
+
+
+def test_a_context_that_is_full_ends_with_length_and_a_prompt_that_fills_it_with_an_error() -> None:
+    h = Harness(max_model_len=16, memory=SimulatedMemory(virtual_tokens={"prefix": 6}))
+    h.add(request("full", [1] * 12, max_tokens=50))
+    h.add(request("too-long", [1] * 10, ref=PREFIX))
+    h.run()
+    assert len(h.tokens("full")) == 4
+    assert h.events["full"][-1].finish_reason is FinishReason.LENGTH
+    error = h.events["too-long"][-1].error
+    assert error is not None
+    assert error.code == "prompt_too_long"
+    assert "6 virtual" in error.message
+    h.check_idle()
+
+
+def test_a_failed_load_ends_its_requests_with_the_reason_and_is_tried_again() -> None:
+    memory = SimulatedMemory(broken={"lora-a"})
+    h = Harness(memory=memory)
+    h.add(request("first", [1], ref=LORA_A))
+    h.add(request("base", [1]))
+    h.run()
+    error = h.events["first"][-1].error
+    assert error is not None
+    assert (error.code, error.message) == ("adapter_load_failed", "lora-a is broken")
+    assert h.events["base"][-1].finish_reason is FinishReason.LENGTH
+    memory.broken.clear()
+    h.add(request("second", [1], ref=LORA_A))
+    h.run()
+    assert h.events["second"][-1].finish_reason is FinishReason.LENGTH
+    h.check_idle()
+
+
+def test_more_adapters_than_slots_all_get_their_turn() -> None:
+    h = Harness(memory=SimulatedMemory(slots=2), max_batch_tokens=64)
+    refs = [adapter(f"lora-{index}", AdapterKind.LORA) for index in range(7)]
+    for turn in range(2):
+        for ref in refs:
+            h.add(request(f"{ref.name}-{turn}", [1, turn], ref=ref))
+    h.run()
+    for request_id, spec in h.runner.specs.items():
+        assert h.tokens(request_id) == expected_tokens(spec, 4)
+    assert h.adapters.evictions_device > 0
+    h.check_idle()
+
+
+def test_a_steady_stream_on_resident_adapters_does_not_starve_an_absent_one() -> None:
+    h = Harness(memory=SimulatedMemory(slots=1), starvation_s=1.0, max_num_seqs=2)
+    h.add(request("stream-0", [1, 2], ref=LORA_A, max_tokens=6))
+    h.step()
+    h.add(request("absent", [1], ref=LORA_B))
+    for index in range(1, 60):
+        h.add(request(f"stream-{index}", [1, index], ref=LORA_A, max_tokens=6))
+        h.step()
+        if h.finished("absent"):
+            break
+    assert h.finished("absent")
+    assert h.now < 6.0
+
+
+def test_fair_queueing_serves_a_light_tenant_beside_a_heavy_one() -> None:
+    h = Harness(max_num_seqs=2)
+    for index in range(20):
+        h.add(request(f"heavy-{index}", [1, 2, index], tenant="heavy", max_tokens=8))
+    for _ in range(3):
+        h.step()
+    h.add(request("light", [1, 2, 3], tenant="light", max_tokens=8))
+    while not h.finished("light"):
+        h.step()
+    done = sum(h.finished(f"heavy-{index}") for index in range(20))
+    assert done <= 4, "the light tenant waited behind the heavy one's queue"
+
+
+def test_unload_gives_memory_back_when_the_last_request_is_done() -> None:
+    h = Harness()
+    h.add(request("r", [1, 2], ref=LORA_A, max_tokens=5))
+    h.step()
+    h.step()
+    h.core.handle(UnloadAdapter(digest=LORA_A.digest))
+    assert h.adapters.device_bytes_used == 100
+    h.run()
+    assert h.tokens("r") == expected_tokens(h.runner.specs["r"], 5)
+    assert (h.adapters.device_bytes_used, h.adapters.host_bytes_used, h.adapters.residency()) == (0, 0, [])
+
+
+def test_a_pinned_adapter_is_on_the_device_before_it_is_used_and_is_never_evicted() -> None:
+    h = Harness(memory=SimulatedMemory(slots=2))
+    h.core.handle(PrefetchAdapter(adapter=LORA_A, pinned=True))
+    for _ in range(3):
+        h.step()
+    assert h.adapters.device_bytes_used == 100
+    for index in range(4):
+        h.add(request(f"r{index}", [1], ref=adapter(f"other-{index}", AdapterKind.LORA)))
+    h.run()
+    assert h.memory.loads.count("lora-a") == 1
+    assert LORA_A.digest in h.memory.used[AdapterKind.LORA].values()
+
+
+def test_idle_prefixes_give_their_pages_back_under_pressure_and_pinned_ones_fail_the_request_clearly() -> None:
+    h = Harness(memory=SimulatedMemory(virtual_tokens={"prefix": 16}), num_pages=8, max_model_len=32)
+    h.add(request("p", [1], ref=PREFIX))
+    h.run()
+    h.add(request("big", [1] * 28, max_tokens=4))
+    h.run()
+    assert h.events["big"][-1].finish_reason is FinishReason.LENGTH
+    h.core.handle(PrefetchAdapter(adapter=PREFIX, pinned=True))
+    for _ in range(3):
+        h.step()
+    h.add(request("hopeless", [1] * 28, max_tokens=4))
+    h.run()
+    error = h.events["hopeless"][-1].error
+    assert error is not None
+    assert error.code == "overloaded"
+    assert "pinned" in error.message
+
+
+def test_a_step_that_fails_ends_only_its_own_requests() -> None:
+    h = Harness(max_num_seqs=1)
+    h.add(request("victim", [1, 2]))
+    h.add(request("next", [3, 4]))
+    execute = h.runner.execute
+    h.runner.execute = lambda plan: 1 // 0  # type: ignore[method-assign,assignment,return-value]
+    h.step()
+    h.runner.execute = execute  # type: ignore[method-assign]
+    h.run()
+    error = h.events["victim"][-1].error
+    assert error is not None
+    assert error.code == "internal"
+    assert h.tokens("next") == expected_tokens(h.runner.specs["next"], 4)
+    h.check_idle()
