@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import structlog
 
@@ -39,7 +40,7 @@ def _serve(channel: EngineChannel) -> int:
         # Imports torch, which the front end must not; threads are set in the environment before that.
         from peftserve.engine.build import build_engine
 
-        core, info = build_engine(EngineConfig.model_validate_json(start.config), start.checkpoint, channel.wake)
+        core, info = build_engine(EngineConfig.model_validate_json(start.config), Path(start.checkpoint), channel.wake)
     except PeftserveError as error:
         channel.send(Fatal(error=error.to_info()))
         return 1

@@ -1,0 +1,98 @@
+"""Puts an engine together from its settings: the one place where the torch half meets the scheduler."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from peftserve.config import EngineConfig
+from peftserve.engine.adapter_cache import AdapterCache
+from peftserve.engine.core import EngineCore
+from peftserve.engine.kv_cache import KvPageManager
+from peftserve.engine.messages import EngineInfo
+from peftserve.engine.scheduler import Scheduler, SchedulerLimits
+from peftserve.errors import ConfigurationError
+from peftserve.model.adapter_memory import DeviceAdapterMemory
+from peftserve.model.config_reader import read_spec
+from peftserve.model.kv import KvCache
+from peftserve.model.runner import Runner
+from peftserve.model.spec import ModelSpec
+from peftserve.model.weights import load_weights
+
+
+def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
+    """Load the checkpoint and allocate the caches. `wake` is called from a loader thread when a step has work.
+
+    Raises `ConfigurationError` for settings that cannot work together or on this machine.
+    """
+    device = _device(config.device)
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    spec = read_spec(checkpoint)
+    num_pages = config.kv_cache_bytes // spec.kv_page_bytes(config.page_size, dtype.itemsize)
+    max_model_len = _max_model_len(config, spec, num_pages, dtype.itemsize)
+
+    weights = load_weights(checkpoint, spec, dtype, device)
+    kv_memory = KvCache(spec, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    memory = DeviceAdapterMemory(
+        spec,
+        kv_memory,
+        root=config.data_dir / "adapters",
+        arena_bytes=config.adapter_device_bytes,
+        num_slots=config.max_device_adapters,
+        max_rank=config.max_adapter_rank,
+    )
+    kv = KvPageManager(num_pages, config.page_size, prefix_caching=config.prefix_caching)
+    adapters = AdapterCache(
+        memory, kv, host_bytes=config.adapter_host_bytes, retry_s=config.adapter_retry_s, on_done=wake
+    )
+    limits = SchedulerLimits(
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        starvation_s=config.starvation_s,
+        stop_token_ids=spec.stop_token_ids,
+    )
+    runner = Runner(weights, spec, kv_memory, memory, max_context=max_model_len)
+    info = EngineInfo(
+        spec=spec,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        max_model_len=max_model_len,
+        num_kv_pages=num_pages,
+        page_size=config.page_size,
+        kv_cache_bytes=kv_memory.nbytes,
+        adapter_device_bytes=config.adapter_device_bytes,
+        adapter_host_bytes=config.adapter_host_bytes,
+        max_adapter_rank=config.max_adapter_rank,
+    )
+    return EngineCore(Scheduler(limits, kv, adapters), kv, adapters, runner), info
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device: cuda was asked for, but torch finds no usable GPU", field="device")
+    return torch.device(name)
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int, element_bytes: int) -> int:
+    """The context limit in tokens; one sequence of it must fit the KV cache, or it could never be served."""
+    holds = num_pages * config.page_size
+    wanted = config.max_model_len or min(spec.max_position_embeddings, holds)
+    if wanted > spec.max_position_embeddings:
+        raise ConfigurationError(
+            f"max_model_len: {wanted} exceeds the model's {spec.max_position_embeddings} positions",
+            field="max_model_len",
+        )
+    if wanted > holds or holds == 0:
+        page_bytes = spec.kv_page_bytes(config.page_size, element_bytes)
+        needed = max(-(-wanted // config.page_size), 1) * page_bytes
+        raise ConfigurationError(
+            f"kv_cache_bytes: {config.kv_cache_bytes} holds {holds} tokens; a context of {wanted or 1} needs {needed}",
+            field="kv_cache_bytes",
+        )
+    return wanted
