@@ -1,8 +1,12 @@
 """Fixtures that more than one package of tests uses."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests compute tiny things, several processes at once: more threads would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

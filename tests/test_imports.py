@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.engine.messages": {"peftserve.types"} | SPEC,
     "peftserve.engine.adapter_memory": {"peftserve.types"},
     "peftserve.engine.sampler": {"peftserve.types", "peftserve.engine.plan", "peftserve_kernels"},
-    "peftserve.engine.build": LEAVES | SPEC | {"peftserve.engine", "peftserve.engine.messages", "peftserve.model"},
+    "peftserve.engine.build": LEAVES
+    | SPEC
+    | {"peftserve.adapters", "peftserve.engine", "peftserve.engine.messages", "peftserve.model"},
     "peftserve.engine.process": LEAVES
     | {"peftserve.engine", "peftserve.engine.messages", "peftserve.engine.build", "peftserve.log"},
     "peftserve.api": LEAVES
@@ -59,8 +61,9 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.engine.client": LEAVES | {"peftserve.engine", "peftserve.engine.messages"},
     "peftserve.demo": LEAVES | {"peftserve.model", "peftserve_client"},
     "peftserve.app": {"*"},
-    "peftserve.cli": LEAVES
+    "peftserve.commands": LEAVES
     | {"peftserve.app", "peftserve.settings", "peftserve.model", "peftserve.demo", "peftserve_client", "peftserve.log"},
+    "peftserve.cli": LEAVES | {"peftserve.commands"},
     "peftserve_kernels": set(),
     "peftserve_client": {"peftserve_proto"},
     "peftserve_proto": set(),

@@ -50,16 +50,26 @@ def _pick(rng: random.Random, words: vocab.WordList, split: Split) -> str:
     return rng.choice(words.train if split == "train" else words.held_out)
 
 
+def _invent(rng: random.Random) -> str:
+    """A capitalized word of two or three syllables that no list holds, such as "Chevoust"."""
+    syllables = (rng.choice(vocab.ONSETS) + rng.choice(vocab.VOWELS) for _ in range(rng.randint(2, 3)))
+    return ("".join(syllables) + rng.choice(("", *vocab.CODAS))).capitalize()
+
+
+def _pick_proper_noun(rng: random.Random, words: vocab.WordList, split: Split) -> str:
+    return _invent(rng) if split == "train" and rng.random() < 0.5 else _pick(rng, words, split)
+
+
 def _draw_order(rng: random.Random, split: Split) -> Example:
     spoken, quantity = rng.choice(vocab.QUANTITIES)
     if rng.random() < 0.5:
         quantity = rng.randint(2, 99)
         spoken = str(quantity)
     fields = {
-        "name": _pick(rng, vocab.NAMES, split),
+        "name": _pick_proper_noun(rng, vocab.NAMES, split),
         "item": f"{_pick(rng, vocab.COLORS, split)} {_pick(rng, vocab.GOODS, split)}",
         "quantity": quantity,
-        "city": _pick(rng, vocab.CITIES, split),
+        "city": _pick_proper_noun(rng, vocab.CITIES, split),
     }
     text = _pick(rng, vocab.ORDER_TEMPLATES, split).format(**{**fields, "quantity": spoken})
     return Example(text[0].upper() + text[1:], json.dumps(fields))
@@ -97,10 +107,8 @@ def year_in_words(year: int) -> str:
     if year < 1900 or year > 2099:
         raise ValueError(f"year {year} is outside 1900..2099")
     tens, ones = divmod(rest, 10)
-    if rest < 20:
-        low = vocab.ONES[rest]
-    else:
-        low = vocab.TENS[tens] + (f"-{vocab.ONES[ones]}" if ones else "")
+    above_nineteen = vocab.TENS[tens] + (f"-{vocab.ONES[ones]}" if ones else "")
+    low = vocab.ONES[rest] if rest < 20 else above_nineteen
     if century == 20 and rest < 10:
         return "two thousand" + (f" and {low}" if rest else "")
     if rest == 0:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from peftserve.adapters.blobs import adapters_root
 from peftserve.config import EngineConfig
 from peftserve.engine.adapter_cache import AdapterCache
 from peftserve.engine.core import EngineCore
@@ -38,7 +39,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
     memory = DeviceAdapterMemory(
         spec,
         kv_memory,
-        root=config.data_dir / "adapters",
+        root=adapters_root(config.data_dir),
         arena_bytes=config.adapter_device_bytes,
         num_slots=config.max_device_adapters,
         max_rank=config.max_adapter_rank,

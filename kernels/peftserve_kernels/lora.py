@@ -1,0 +1,114 @@
+"""lora_add: the low-rank updates of many LoRA adapters in one batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.rank_pages import read_rank_rows
+from peftserve_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraWeights:
+    """All resident LoRA adapters: one arena of rank pages (see `rank_pages`) and tables that say what lies where.
+
+    arena: model dtype or float32 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page: int64
+    [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
+    (rows [8, out]); P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. Rank 0: the adapter does not
+    touch that module. The tables are filled and cleared in place as adapters come and go.
+    Raises ValueError for shapes that do not agree.
+    """
+
+    arena: Tensor
+    rank: Tensor
+    scale: Tensor
+    a_page: Tensor
+    b_page: Tensor
+
+    def __post_init__(self) -> None:
+        table = tuple(self.rank.shape)
+        if self.arena.ndim != 1 or len(table) != 3:
+            raise ValueError(f"arena must be [E], rank [slots, layers, targets]: {self.arena.ndim}-d and {list(table)}")
+        if tuple(self.scale.shape) != table:
+            raise ValueError(f"scale: must be {list(table)} like rank, got {list(self.scale.shape)}")
+        if self.a_page.shape != self.b_page.shape or tuple(self.a_page.shape[:-1]) != table:
+            shapes = f"{list(self.a_page.shape)} and {list(self.b_page.shape)}"
+            raise ValueError(f"a_page, b_page: must be {[*table, 'P']}, got {shapes}")
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        elements: int,
+        slots: int,
+        layers: int,
+        targets: int,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> "LoraWeights":
+        """An arena of `elements` values and tables in which no slot holds an adapter (rank 0 everywhere)."""
+        table = (slots, layers, targets)
+        return cls(
+            arena=torch.zeros(elements, dtype=dtype, device=device),
+            rank=torch.zeros(table, dtype=torch.int32, device=device),
+            scale=torch.zeros(table, dtype=torch.float32, device=device),
+            a_page=torch.zeros((*table, pages), dtype=torch.int64, device=device),
+            b_page=torch.zeros((*table, pages), dtype=torch.int64, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSlice:
+    """One module in the output of a (merged) linear layer: columns out_offset .. out_offset + out_features of y."""
+
+    target: int
+    in_features: int
+    out_offset: int
+    out_features: int
+
+
+def lora_add(
+    y: Tensor, x: Tensor, segments: Segments, weights: LoraWeights, layer: int, slices: Sequence[LoraSlice]
+) -> None:
+    """For each segment and slice: y[s:e, off:off+N] += scale * (x[s:e] A^T) B^T (Hu et al. 2021, arXiv:2106.09685).
+
+    y: [M, Ntot], written in place; x: [M, K], the layer's input; both float32, bfloat16 or float16. Runs to the real
+    rank of each adapter and module. The rank-sized intermediate is float32, the sum is rounded once to y's dtype.
+    Tokens outside all segments and modules of rank 0 are not touched.
+    Raises ValueError when a slice does not fit x or y.
+    """
+    if not segments:
+        return
+    for piece in slices:
+        if piece.in_features != x.shape[1] or piece.out_offset + piece.out_features > y.shape[1]:
+            raise ValueError(f"{piece} does not fit x {list(x.shape)} and y {list(y.shape)}")
+    select(_IMPLEMENTATIONS, y.device)(y, x, segments, weights, layer, slices)
+
+
+def lora_add_reference(
+    y: Tensor, x: Tensor, segments: Segments, weights: LoraWeights, layer: int, slices: Sequence[LoraSlice]
+) -> None:
+    """Two float32 products a segment and slice."""
+    for start, end, slot in segments.bounds:
+        ranks = weights.rank[slot, layer].tolist()
+        scales = weights.scale[slot, layer].tolist()
+        a_pages = weights.a_page[slot, layer].tolist()
+        b_pages = weights.b_page[slot, layer].tolist()
+        inputs = x[start:end].float()
+        for piece in slices:
+            target, rank = piece.target, ranks[piece.target]
+            if rank == 0:
+                continue
+            a = read_rank_rows(weights.arena, a_pages[target], rank, piece.in_features).float()
+            b = read_rank_rows(weights.arena, b_pages[target], rank, piece.out_features).float()
+            out = y[start:end, piece.out_offset : piece.out_offset + piece.out_features]
+            out.add_(inputs @ a.t() @ b, alpha=scales[target])
+
+
+_LoraAdd = Callable[[Tensor, Tensor, Segments, LoraWeights, int, Sequence[LoraSlice]], None]
+_IMPLEMENTATIONS: Final[Mapping[Backend, _LoraAdd]] = {Backend.REFERENCE: lora_add_reference}

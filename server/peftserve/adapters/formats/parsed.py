@@ -1,0 +1,164 @@
+"""Adapters as the rest of the server sees them: validated against the base, independent of who wrote the file."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from peftserve.adapters.safetensors import TensorView
+from peftserve.model.spec import TARGET_NAMES
+from peftserve.types import AdapterKind
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """y += scale * B (A x). `a` [rank, in_features], `b` [out_features, rank]."""
+
+    rank: int
+    scale: float
+    a: TensorView
+    b: TensorView
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """`modules[layer, target_index]`, target indices as in `model.spec.targets`; never empty."""
+
+    modules: Mapping[tuple[int, int], LoraModule]
+
+    @property
+    def kind(self) -> AdapterKind:
+        return AdapterKind.LORA
+
+    def details(self) -> dict[str, Any]:
+        """What people want to know of it, for listings; JSON types only."""
+        ranks = sorted({module.rank for module in self.modules.values()})
+        used = {target for _, target in self.modules}
+        return {
+            "source_format": "peft",
+            "rank": ranks[-1],
+            "ranks": ranks,
+            "scales": sorted({module.scale for module in self.modules.values()})[:16],
+            "target_modules": [name for index, name in enumerate(TARGET_NAMES) if index in used],
+            "layers": len({layer for layer, _ in self.modules}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixAdapter:
+    """Virtual tokens' keys and values, put before the real ones. No RoPE; real positions start at `num_virtual_tokens`.
+
+    `embeddings` [n, layers * 2 * kv_heads * head_dim] as in the file: per token and layer K, then V.
+    """
+
+    num_virtual_tokens: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    embeddings: TensorView
+
+    @property
+    def kind(self) -> AdapterKind:
+        return AdapterKind.PREFIX
+
+    @property
+    def key(self) -> npt.NDArray[np.float32]:
+        """Keys, float32 [layers, kv_heads, n, head_dim]; a new array each time."""
+        return self._half(0)
+
+    @property
+    def value(self) -> npt.NDArray[np.float32]:
+        """Values, float32 [layers, kv_heads, n, head_dim]; a new array each time."""
+        return self._half(1)
+
+    def _half(self, which: int) -> npt.NDArray[np.float32]:
+        # peft_model.get_prompt: view(b, n, layers * 2, heads, head_dim).permute(2, 0, 3, 1, 4).split(2)
+        shape = (self.num_virtual_tokens, self.num_layers, 2, self.num_kv_heads, self.head_dim)
+        half = self.embeddings.float32().reshape(shape)[:, :, which]
+        return np.ascontiguousarray(half.transpose(1, 2, 0, 3))
+
+    def details(self) -> dict[str, Any]:
+        """What people want to know of it, for listings; JSON types only."""
+        return {"source_format": "peft", "num_virtual_tokens": self.num_virtual_tokens, "layers": self.num_layers}
+
+
+class BottleneckSite(enum.IntEnum):
+    """Where in a decoder layer a bottleneck sits; the value is its index in the adapter tables."""
+
+    ATTENTION = 0
+    FFN = 1
+
+
+class BottleneckInput(enum.StrEnum):
+    """What the down-projection reads: h is the sublayer's output, r the residual stream at the sublayer's input."""
+
+    HIDDEN = "hidden"
+    HIDDEN_PLUS_RESIDUAL = "hidden_plus_residual"
+    RESIDUAL = "residual"
+
+
+class Activation(enum.StrEnum):
+    """f of a bottleneck, named as in `peftserve_kernels.activation`. GELU is the erf form, GELU_TANH the tanh one."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    GELU_10 = "gelu_10"
+    QUICK_GELU = "quick_gelu"
+    SILU = "silu"
+    LEAKY_RELU = "leaky_relu"
+    RELU2 = "relu2"
+    RELU6 = "relu6"
+    SIGMOID = "sigmoid"
+    TANH = "tanh"
+    MISH = "mish"
+    LAPLACE = "laplace"
+    LINEAR = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class BottleneckModule:
+    """stream += scale * (W_up f(W_down z + down_bias) + up_bias).
+
+    `down` [width, hidden], `down_bias` [width], `up` [hidden, width], `up_bias` [hidden]. A learned or per-channel
+    scale is folded into `up` and `up_bias` already.
+    """
+
+    width: int
+    scale: float
+    down: TensorView
+    down_bias: TensorView
+    up: TensorView
+    up_bias: TensorView
+
+
+@dataclass(frozen=True, slots=True)
+class BottleneckAdapter:
+    """`sites[layer, site]`; never empty. `activation` and `input_mode` hold for all of them."""
+
+    sites: Mapping[tuple[int, BottleneckSite], BottleneckModule]
+    activation: Activation
+    input_mode: BottleneckInput
+
+    @property
+    def kind(self) -> AdapterKind:
+        return AdapterKind.BOTTLENECK
+
+    def details(self) -> dict[str, Any]:
+        """What people want to know of it, for listings; JSON types only."""
+        widths = sorted({module.width for module in self.sites.values()})
+        return {
+            "source_format": "adapterhub",
+            "width": widths[-1],
+            "widths": widths,
+            "sites": [site.name.lower() for site in BottleneckSite if any(s is site for _, s in self.sites)],
+            "activation": self.activation.value,
+            "input": self.input_mode.value,
+            "layers": len({layer for layer, _ in self.sites}),
+        }
+
+
+Adapter: TypeAlias = LoraAdapter | PrefixAdapter | BottleneckAdapter

@@ -1,0 +1,221 @@
+"""Adapters on the device: one arena for LoRA and bottleneck blocks, tables at stable addresses, prefixes as KV pages.
+
+Implements `engine.adapter_memory.AdapterMemory`. The step thread reserves and releases; loader threads load and copy.
+A slot's tables are all zero (rank 0: nothing to add) from release until the next copy has put its weights in place.
+"""
+
+import heapq
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from peftserve.adapters import formats
+from peftserve.adapters.blobs import read_adapter
+from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter
+from peftserve.engine.adapter_memory import HostAdapter, Placement
+from peftserve.errors import AdapterLoadError, InternalError, PeftserveError
+from peftserve.model.arena import Arena, Extent
+from peftserve.model.kv import KvCache
+from peftserve.model.packing import (
+    PackedPrefix,
+    PackedWeights,
+    pack_bottleneck,
+    pack_lora,
+    pack_prefix,
+)
+from peftserve.model.spec import TARGET_NAMES, ModelSpec
+from peftserve.types import AdapterKind, AdapterRef
+from peftserve_kernels.bottleneck import BottleneckWeights
+from peftserve_kernels.lora import LoraWeights
+from peftserve_kernels.rank_pages import rank_pages
+
+
+class _Slots:
+    """Table rows of one kind, and the arena extents behind each one in use."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count))
+        self._extents: dict[int, tuple[Extent, ...]] = {}
+
+    def any_free(self) -> bool:
+        return bool(self._free)
+
+    def take(self, extents: tuple[Extent, ...]) -> int:
+        slot = heapq.heappop(self._free)
+        self._extents[slot] = extents
+        return slot
+
+    def extents(self, slot: int) -> tuple[Extent, ...]:
+        return self._extents[slot]
+
+    def give_back(self, slot: int) -> tuple[Extent, ...]:
+        if slot not in self._extents:
+            raise InternalError(f"adapter slot {slot} is not in use")
+        heapq.heappush(self._free, slot)
+        return self._extents.pop(slot)
+
+
+class DeviceAdapterMemory:
+    """Adapters in `kv.dtype`, on the KV cache's device, for a model of `spec`.
+
+    `arena_bytes` bounds LoRA and bottleneck weights together, `num_slots` how many of each kind lie on the device at
+    once, `max_rank` a LoRA's rank and a bottleneck's width. `root` is the folder that `adapters.blobs` reads.
+    `lora` and `bottleneck` are what the kernels read; their tensors never move.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, kv: KvCache, *, root: Path, arena_bytes: int, num_slots: int, max_rank: int
+    ) -> None:
+        self._spec = spec
+        self._kv = kv
+        self._root = root
+        self._dtype = kv.dtype
+        self._device = kv.k.device
+        self._max_rank = max_rank
+        self._arena = Arena(arena_bytes // kv.dtype.itemsize)
+        self._slots = {AdapterKind.LORA: _Slots(num_slots), AdapterKind.BOTTLENECK: _Slots(num_slots)}
+        self._copy_stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        arena = torch.empty(self._arena.capacity, dtype=self._dtype, device=self._device)
+        lora = LoraWeights.empty(
+            elements=0,
+            slots=num_slots,
+            layers=spec.num_layers,
+            targets=len(TARGET_NAMES),
+            pages=rank_pages(max_rank),
+            dtype=self._dtype,
+            device=self._device,
+        )
+        bottleneck = BottleneckWeights.empty(
+            elements=0,
+            slots=num_slots,
+            layers=spec.num_layers,
+            pages=rank_pages(max_rank),
+            dtype=self._dtype,
+            device=self._device,
+        )
+        self.lora = replace(lora, arena=arena)
+        self.bottleneck = replace(bottleneck, arena=arena)
+
+    # -- loader threads ------------------------------------------------------------------------------------------
+
+    def load(self, ref: AdapterRef) -> HostAdapter:
+        """Read, verify, parse and pack. Whatever is wrong becomes an `AdapterLoadError` that names the adapter."""
+        try:
+            packed = self._load(ref)
+        except PeftserveError as error:
+            raise AdapterLoadError(
+                f"adapter {ref.name} cannot be loaded: {error.message}", faults=error.faults
+            ) from error
+        except (OSError, ValueError, MemoryError) as error:
+            raise AdapterLoadError(f"adapter {ref.name} cannot be loaded: {type(error).__name__}: {error}") from error
+        tokens = packed.num_tokens if isinstance(packed, PackedPrefix) else 0
+        return HostAdapter(ref=ref, host_bytes=packed.nbytes, num_virtual_tokens=tokens, weights=packed)
+
+    @torch.inference_mode()
+    def copy(self, adapter: HostAdapter, placement: Placement) -> None:
+        """Fill a reserved placement, or the given KV pages with the prefix's K and V. Returns when it is done."""
+        packed = adapter.weights
+        with self._on_copy_stream():
+            if isinstance(packed, PackedPrefix):
+                self._copy_prefix(packed, placement.pages)
+            elif isinstance(packed, PackedWeights):
+                self._copy_weights(packed, adapter.kind, placement.slot)
+            else:
+                raise InternalError(f"adapter {adapter.ref.name} was not loaded by this memory")
+        if self._copy_stream:
+            self._copy_stream.synchronize()
+
+    # -- step thread ---------------------------------------------------------------------------------------------
+
+    def fits(self, adapter: HostAdapter) -> bool:
+        """Whether a LoRA or bottleneck adapter could be placed with nothing else in the arena."""
+        return _ends(adapter)[-1] <= self._arena.capacity
+
+    def reserve(self, adapter: HostAdapter) -> Placement | None:
+        """A slot and arena room, all or nothing."""
+        slots = self._slots[adapter.kind]
+        if not slots.any_free():
+            return None
+        extents = self._arena.allocate(_ends(adapter))
+        if extents is None:
+            return None
+        size = sum(extent.size for extent in extents)
+        return Placement(slot=slots.take(extents), device_bytes=size * self._dtype.itemsize)
+
+    @torch.inference_mode()
+    def release(self, placement: Placement, kind: AdapterKind) -> None:
+        """Zero the slot's tables, and give slot and room back."""
+        extents = self._slots[kind].give_back(placement.slot)
+        for field in fields(self._weights(kind)):
+            if field.name != "arena":
+                self._table(kind, field.name)[placement.slot] = 0
+        self._arena.free(extents)
+
+    @property
+    def device_bytes_used(self) -> int:
+        """Bytes of the arena that are given out."""
+        return self._arena.used_size * self._dtype.itemsize
+
+    def check(self) -> None:
+        """Raise `InternalError` unless the arena is whole. For tests and idle moments."""
+        self._arena.check()
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _load(self, ref: AdapterRef) -> PackedWeights | PackedPrefix:
+        config, tensors = read_adapter(self._root, ref.digest)
+        adapter = formats.parse(config, tensors, self._spec, self._max_rank)
+        if adapter.kind is not ref.kind:
+            raise AdapterLoadError(f"its files hold a {adapter.kind} adapter, not {ref.kind}")
+        if isinstance(adapter, LoraAdapter):
+            return pack_lora(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
+        if isinstance(adapter, BottleneckAdapter):
+            return pack_bottleneck(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
+        return pack_prefix(adapter, dtype=self._dtype, page_size=self._kv.page_size)
+
+    def _copy_weights(self, packed: PackedWeights, kind: AdapterKind, slot: int) -> None:
+        extents = self._slots[kind].extents(slot)
+        data = self._table(kind, "arena")
+        sources: list[int] = []
+        position = 0
+        for extent in extents:
+            data[extent.start : extent.end].copy_(packed.data[position : position + extent.size])
+            sources.append(position)
+            position += extent.size
+        # A block's arena offset is its own offset moved as far as the extent that it lies in.
+        borders = torch.tensor(sources)
+        moves = torch.tensor([extent.start for extent in extents]) - borders
+        for name, offsets in packed.offsets.items():
+            placed = offsets + moves[torch.searchsorted(borders, offsets.clamp(min=0), right=True) - 1]
+            self._table(kind, name)[slot].copy_(torch.where(offsets < 0, 0, placed))
+        for name, values in packed.values.items():
+            self._table(kind, name)[slot].copy_(values)
+
+    def _copy_prefix(self, packed: PackedPrefix, pages: tuple[int, ...]) -> None:
+        index = torch.tensor(pages, device=self._device)
+        self._kv.k[:, index] = packed.k.to(self._device)
+        self._kv.v[:, index] = packed.v.to(self._device)
+
+    def _weights(self, kind: AdapterKind) -> LoraWeights | BottleneckWeights:
+        return self.lora if kind is AdapterKind.LORA else self.bottleneck
+
+    def _table(self, kind: AdapterKind, name: str) -> torch.Tensor:
+        table: torch.Tensor = getattr(self._weights(kind), name)
+        return table
+
+    def _on_copy_stream(self) -> AbstractContextManager[object]:
+        if self._copy_stream is None:
+            return nullcontext()
+        # The slot was zeroed, and its room last read, on the stream that computes.
+        self._copy_stream.wait_stream(torch.cuda.default_stream(self._device))
+        return torch.cuda.stream(self._copy_stream)
+
+
+def _ends(adapter: HostAdapter) -> tuple[int, ...]:
+    if not isinstance(adapter.weights, PackedWeights):
+        raise InternalError(f"adapter {adapter.ref.name} has no arena blocks")
+    return adapter.weights.ends

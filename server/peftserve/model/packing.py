@@ -1,0 +1,156 @@
+"""Parsed adapters packed in host memory just as they will lie on the device, so that placing one is a plain copy.
+
+LoRA and bottleneck weights become blocks for the arena: pages of 8 rank rows, and bias vectors. Offsets in the packed
+tables count from the adapter's own first element. Prefix K and V become KV pages.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter, PrefixAdapter
+from peftserve.errors import AdapterLoadError
+from peftserve.model.arena import align
+from peftserve.model.spec import TARGET_NAMES, ModelSpec
+from peftserve_kernels.activation import Activation
+from peftserve_kernels.bottleneck import NUM_SITES, BottleneckInput
+from peftserve_kernels.rank_pages import RANK_PAGE_ROWS, rank_pages
+
+Floats = npt.NDArray[np.float32]
+Tables = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """A LoRA or bottleneck adapter: arena blocks, and one row for each device table.
+
+    `data` [E] on the host; block i is `data[ends[i - 1] : ends[i]]`, its padding zero. `values` and `offsets` are rows
+    for the tables of `LoraWeights` or `BottleneckWeights`, by field name; offsets (int64, -1 for none) count in `data`.
+    """
+
+    data: torch.Tensor
+    ends: tuple[int, ...]
+    values: Mapping[str, torch.Tensor]
+    offsets: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + sum(row.nbytes for row in (*self.values.values(), *self.offsets.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPrefix:
+    """`k`, `v` [layers, pages, kv_heads, page_size, head_dim] in the KV cache's dtype; zero past the last token."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    num_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class _Packer:
+    """Collects blocks; a page of `n` columns takes 8 n elements, rounded up to the arena's alignment."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Floats] = []
+        self._ends: list[int] = []
+
+    def pages(self, rows: Floats) -> list[int]:
+        """Add [r, n] as pages of 8 rows; returns their offsets."""
+        starts = range(0, rows.shape[0], RANK_PAGE_ROWS)
+        return [self._add(rows[start : start + RANK_PAGE_ROWS], RANK_PAGE_ROWS) for start in starts]
+
+    def vector(self, values: Floats) -> int:
+        """Add [n] as a block of its own; returns its offset."""
+        return self._add(values[None], 1)
+
+    def finish(self, dtype: torch.dtype, *, values: Tables, offsets: Tables) -> PackedWeights:
+        """The blocks in `dtype`, and the table rows. Raises `AdapterLoadError` when a weight exceeds its range."""
+        data = torch.zeros(self._ends[-1], dtype=dtype)
+        start = 0
+        for block, end in zip(self._blocks, self._ends, strict=True):
+            data[start : start + block.size] = torch.from_numpy(np.ascontiguousarray(block)).flatten()
+            start = end
+        _require_finite(data)
+        return PackedWeights(data, tuple(self._ends), _tensors(values), _tensors(offsets))
+
+    def _add(self, rows: Floats, page_rows: int) -> int:
+        offset = self._ends[-1] if self._ends else 0
+        self._blocks.append(rows)
+        self._ends.append(offset + align(page_rows * rows.shape[1]))
+        return offset
+
+
+def pack_lora(adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_rank: int) -> PackedWeights:
+    """A pages hold rows of A [r, in]; B pages hold rows of B^T [r, out]."""
+    packer = _Packer()
+    shape = (spec.num_layers, len(TARGET_NAMES))
+    rank, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    a_page, b_page = _no_pages(shape, max_rank), _no_pages(shape, max_rank)
+    for where, module in sorted(adapter.modules.items()):
+        rank[where], scale[where] = module.rank, module.scale
+        used = rank_pages(module.rank)
+        a_page[where][:used] = packer.pages(module.a.float32())
+        b_page[where][:used] = packer.pages(module.b.float32().T)
+    return packer.finish(dtype, values={"rank": rank, "scale": scale}, offsets={"a_page": a_page, "b_page": b_page})
+
+
+def pack_bottleneck(adapter: BottleneckAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_rank: int) -> PackedWeights:
+    """Down pages hold rows of W_down [w, hidden]; up pages hold rows of W_up^T [w, hidden]."""
+    packer = _Packer()
+    shape = (spec.num_layers, NUM_SITES)
+    width, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    down_page, up_page = _no_pages(shape, max_rank), _no_pages(shape, max_rank)
+    down_bias, up_bias = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+    for where, module in sorted(adapter.sites.items()):
+        width[where], scale[where] = module.width, module.scale
+        used = rank_pages(module.width)
+        down_page[where][:used] = packer.pages(module.down.float32())
+        up_page[where][:used] = packer.pages(module.up.float32().T)
+        down_bias[where] = packer.vector(module.down_bias.float32())
+        up_bias[where] = packer.vector(module.up_bias.float32())
+    activation = np.array(Activation[adapter.activation.value.upper()], np.int32)
+    input_mode = np.array(BottleneckInput[adapter.input_mode.name], np.int32)
+    return packer.finish(
+        dtype,
+        values={"width": width, "scale": scale, "activation": activation, "input_mode": input_mode},
+        offsets={"down_page": down_page, "up_page": up_page, "down_bias": down_bias, "up_bias": up_bias},
+    )
+
+
+def pack_prefix(adapter: PrefixAdapter, *, dtype: torch.dtype, page_size: int) -> PackedPrefix:
+    """K and V [layers, kv_heads, n, head_dim] cut into pages of `page_size` positions."""
+    return PackedPrefix(
+        _prefix_pages(adapter.key, dtype, page_size),
+        _prefix_pages(adapter.value, dtype, page_size),
+        adapter.num_virtual_tokens,
+    )
+
+
+def _prefix_pages(values: Floats, dtype: torch.dtype, page_size: int) -> torch.Tensor:
+    layers, heads, length, head_dim = values.shape
+    num_pages = -(-length // page_size)
+    padded = torch.zeros(layers, heads, num_pages * page_size, head_dim, dtype=dtype)
+    padded[:, :, :length] = torch.from_numpy(np.ascontiguousarray(values))
+    _require_finite(padded)
+    return padded.view(layers, heads, num_pages, page_size, head_dim).transpose(1, 2).contiguous()
+
+
+def _no_pages(shape: tuple[int, int], max_rank: int) -> npt.NDArray[np.int64]:
+    return np.full((*shape, rank_pages(max_rank)), -1, np.int64)
+
+
+def _tensors(rows: Tables) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(row) for name, row in rows.items()}
+
+
+def _require_finite(data: torch.Tensor) -> None:
+    if not bool(data.isfinite().all()):
+        raise AdapterLoadError(f"a weight exceeds the range of {data.dtype}; serve with bfloat16 or float32")

@@ -1,0 +1,116 @@
+"""LoRA and prefix adapters against PEFT, and a batch of all kinds at once."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_models
+from tests.goldens.bottleneck.random_adapter import write_random_adapter
+from tests.model import oracle
+from tests.model.driver import Driver, Job
+from tests.model.parity import assert_parity
+
+# PEFT 0.21 reads a property that transformers 5 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+NUM_TOKENS = 8
+
+
+def prompt(seed: int, length: int = 15) -> list[int]:
+    return random.Random(seed).choices(range(3, tiny_models.VOCAB_SIZE), k=length)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.make_checkpoint("llama", tmp_path_factory.mktemp("llama"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Any:
+    return oracle.load_base(folder)
+
+
+@pytest.fixture
+def driver(folder: Path, tmp_path: Path) -> Iterator[Driver]:
+    driver = Driver(folder, page_size=8, store=tmp_path / "store", max_rank=64)
+    yield driver
+    driver.close()
+
+
+def check(driver: Driver, base: Any, adapter_folder: Path, seed: int) -> None:
+    """Alone and in chunks, against PEFT; and that the adapter matters at all."""
+    adapter = driver.add(adapter_folder)
+    whole = Job(prompt(seed), NUM_TOKENS, adapter=adapter)
+    chunked = Job(prompt(seed), NUM_TOKENS, adapter=adapter, chunks=(1, 5, 3))
+    bare = Job(prompt(seed), NUM_TOKENS)
+    driver.run(whole)
+    driver.run(chunked, bare)
+    with oracle.with_adapter(base, adapter_folder) as model:
+        expected = oracle.judge(model, prompt(seed), whole.token_ids)
+    assert_parity(whole.sampled, expected)
+    assert_parity(chunked.sampled, expected)
+    assert bare.sampled[0].logprobs != whole.sampled[0].logprobs
+
+
+@pytest.mark.parametrize("targets", oracle.TARGET_SETS)
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 64])
+def test_lora(rank: int, targets: str, driver: Driver, base: Any, tmp_path: Path) -> None:
+    check(driver, base, oracle.save_lora(base, tmp_path / "lora", rank=rank, targets=targets, seed=rank), seed=rank)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 20, 100])
+def test_prefix(num_tokens: int, driver: Driver, base: Any, tmp_path: Path) -> None:
+    check(driver, base, oracle.save_prefix(base, tmp_path / "prefix", num_tokens=num_tokens, seed=1), seed=num_tokens)
+
+
+@pytest.mark.parametrize("variant", ["qwen3_bias", "qwen2_sliding", "smollm3", "llama_bias"])
+def test_adapters_on_other_families(variant: str, tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint(variant, tmp_path / "model", seed=2)
+    base = oracle.load_base(folder)
+    driver = Driver(folder, page_size=4, store=tmp_path / "store")
+    check(driver, base, oracle.save_lora(base, tmp_path / "lora", rank=5, targets="all", seed=1, rslora=True), seed=1)
+    check(driver, base, oracle.save_prefix(base, tmp_path / "prefix", num_tokens=6, seed=2), seed=2)
+    driver.close()
+
+
+def test_every_kind_in_one_batch_equals_each_alone(driver: Driver, base: Any, folder: Path, tmp_path: Path) -> None:
+    folders = [
+        oracle.save_lora(base, tmp_path / f"lora-{rank}", rank=rank, targets=targets, seed=rank)
+        for rank, targets in ((1, "qv"), (4, "all"), (16, "attention"), (64, "all"))
+    ]
+    folders += [
+        oracle.save_prefix(base, tmp_path / f"prefix-{tokens}", num_tokens=tokens, seed=tokens)
+        for tokens in (1, 20, 100)
+    ]
+    for kind in ("pfeiffer", "houlsby", "parallel"):
+        write_random_adapter(
+            tmp_path / kind, kind=kind, hidden_size=64, num_layers=4, seed=3, gain=0.3, reduction_factor=4
+        )
+        folders.append(tmp_path / kind)
+    adapters = [None, *(driver.add(adapter) for adapter in folders)]
+
+    def jobs() -> list[Job]:
+        # Two requests an adapter, of different lengths and chunks, so that prefill and decode share steps.
+        return [
+            Job(prompt(10 * i + j, 5 + 9 * i + j), NUM_TOKENS, adapter=adapter, chunks=(2 + i, 1 + j, 4))
+            for i, adapter in enumerate(adapters)
+            for j in range(2)
+        ]
+
+    together, alone = jobs(), jobs()
+    assert len(together) == 22
+    driver.run(*together)
+    for mixed, single in zip(together, alone, strict=True):
+        driver.run(single)
+        assert mixed.token_ids == single.token_ids
+        for a, b in zip(mixed.sampled, single.sampled, strict=True):
+            assert a.logprobs is not None
+            assert b.logprobs is not None
+            assert dict(a.logprobs.top[:5]) == pytest.approx(dict(b.logprobs.top[:5]), abs=1e-4)
+    for index, adapter_folder in enumerate(folders[:7], start=1):
+        with oracle.with_adapter(base, adapter_folder) as model:
+            job = together[2 * index]
+            assert_parity(job.sampled, oracle.judge(model, job.prompt, job.token_ids))
