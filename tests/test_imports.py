@@ -61,9 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.engine.client": LEAVES | {"peftserve.engine", "peftserve.engine.messages"},
     "peftserve.demo": LEAVES | {"peftserve.model", "peftserve_client"},
     "peftserve.app": {"*"},
-    "peftserve.commands": LEAVES
+    "peftserve.cli": LEAVES
     | {"peftserve.app", "peftserve.settings", "peftserve.model", "peftserve.demo", "peftserve_client", "peftserve.log"},
-    "peftserve.cli": LEAVES | {"peftserve.commands"},
     "peftserve_kernels": set(),
     "peftserve_client": {"peftserve_proto"},
     "peftserve_proto": set(),

@@ -5,7 +5,7 @@ implementations of an op share its signature and its meaning. Two rules hold for
 the dtype of the inputs, and are rounded once to the output's dtype; metadata tensors live on the device of the data.
 """
 
-from peftserve_kernels.activation import ACTIVATION_NAMES, Activation
+from peftserve_kernels.activation import Activation
 from peftserve_kernels.bottleneck import BottleneckInput, BottleneckSite, BottleneckWeights, bottleneck_add
 from peftserve_kernels.copy_pages import copy_pages
 from peftserve_kernels.dispatch import Backend
@@ -16,7 +16,7 @@ from peftserve_kernels.nf4 import NF4_BLOCK, NF4_CODE, Nf4Weight, dequantize_nf4
 from peftserve_kernels.nf4_linear import nf4_linear
 from peftserve_kernels.paged_attention import AttentionBatch, paged_attention
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
-from peftserve_kernels.rank_pages import RANK_PAGE_ROWS, rank_pages, read_rank_rows, write_rank_rows
+from peftserve_kernels.rank_pages import RANK_PAGE_ROWS, rank_pages, read_rank_rows
 from peftserve_kernels.rms_norm import rms_norm
 from peftserve_kernels.rope import rope_and_store_kv
 from peftserve_kernels.sample import sample
@@ -24,7 +24,6 @@ from peftserve_kernels.segments import Segments
 from peftserve_kernels.silu_mul import silu_mul
 
 __all__ = [
-    "ACTIVATION_NAMES",
     "NF4_BLOCK",
     "NF4_CODE",
     "RANK_PAGE_ROWS",
@@ -55,5 +54,4 @@ __all__ = [
     "rope_and_store_kv",
     "sample",
     "silu_mul",
-    "write_rank_rows",
 ]

@@ -1,4 +1,4 @@
-"""Activations of bottleneck adapters: the parameter-free ones of transformers' table, under AdapterHub's names."""
+"""Activations of bottleneck adapters: the parameter-free ones of transformers' table (`ACT2FN`)."""
 
 import math
 from enum import IntEnum
@@ -27,41 +27,6 @@ class Activation(IntEnum):
     MISH = 12
     LAPLACE = 13
 
-    @classmethod
-    def from_name(cls, name: str) -> "Activation":
-        """The activation that AdapterHub's `non_linearity` names, in any case. Raises ValueError for unknown names."""
-        activation = _BY_NAME.get(name.lower())
-        if activation is None:
-            raise ValueError(f"non_linearity: {name!r} is not one of {', '.join(sorted(_BY_NAME))}")
-        return activation
-
-
-# transformers.activations.ACT2FN; the tanh GELUs there differ by rounding only
-_BY_NAME: Final = {
-    "linear": Activation.LINEAR,
-    "relu": Activation.RELU,
-    "gelu": Activation.GELU,
-    "gelu_python": Activation.GELU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_fast": Activation.GELU_TANH,
-    "gelu_accurate": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "gelu_python_tanh": Activation.GELU_TANH,
-    "gelu_10": Activation.GELU_10,
-    "quick_gelu": Activation.QUICK_GELU,
-    "silu": Activation.SILU,
-    "swish": Activation.SILU,
-    "leaky_relu": Activation.LEAKY_RELU,
-    "leakyrelu": Activation.LEAKY_RELU,
-    "relu2": Activation.RELU2,
-    "relu6": Activation.RELU6,
-    "sigmoid": Activation.SIGMOID,
-    "tanh": Activation.TANH,
-    "mish": Activation.MISH,
-    "laplace": Activation.LAPLACE,
-}
-
-ACTIVATION_NAMES: Final = frozenset(_BY_NAME)
 
 # transformers' LaplaceActivation (Ma et al. 2022, arXiv:2209.10655): a shifted normal CDF
 _LAPLACE_MU: Final = 0.707107

@@ -25,19 +25,3 @@ def read_rank_rows(arena: Tensor, pages: Sequence[int], rank: int, width: int) -
     parts = [arena[offset : offset + RANK_PAGE_ROWS * width] for offset in pages[:count]]
     rows = parts[0] if count == 1 else torch.cat(parts)
     return rows.view(-1, width)[:rank]
-
-
-def write_rank_rows(arena: Tensor, pages: Sequence[int], rows: Tensor) -> None:
-    """Store `rows` [rank, width] into `pages` of the arena (in place), zeros past the rank.
-
-    Raises ValueError when there are fewer pages than the rank needs.
-    """
-    rank, width = rows.shape
-    count = rank_pages(rank)
-    if len(pages) < count:
-        raise ValueError(f"rank {rank} needs {count} pages of {RANK_PAGE_ROWS} rows, got {len(pages)}")
-    for index, offset in enumerate(pages[:count]):
-        part = rows[index * RANK_PAGE_ROWS : (index + 1) * RANK_PAGE_ROWS]
-        page = arena[offset : offset + RANK_PAGE_ROWS * width].view(RANK_PAGE_ROWS, width)
-        page[: len(part)].copy_(part)
-        page[len(part) :].zero_()

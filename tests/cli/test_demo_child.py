@@ -25,7 +25,7 @@ def is_alive(pid: int) -> bool:
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(ConfigurationError, match=r"ended with status 2(.|\n)*model: .*/nowhere"),
+        pytest.raises(ConfigurationError, match=r"ended with status 2(.|\n)*error: .*/nowhere"),
         running_server(["--model", "/nowhere", "--data-dir", str(tmp_path), "--port", "0"], tmp_path / "log"),
     ):
         pass

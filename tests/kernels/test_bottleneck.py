@@ -14,8 +14,8 @@ from peftserve_kernels import (
     Segments,
     bottleneck_add,
     rank_pages,
-    write_rank_rows,
 )
+from tests.kernels.rank_page_writer import write_rank_rows
 
 SIZE, LAYERS, MAX_WIDTH = 20, 2, 64
 

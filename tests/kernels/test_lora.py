@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from peftserve_kernels import RANK_PAGE_ROWS, LoraSlice, LoraWeights, Segments, lora_add, rank_pages, write_rank_rows
+from peftserve_kernels import RANK_PAGE_ROWS, LoraSlice, LoraWeights, Segments, lora_add, rank_pages
+from tests.kernels.rank_page_writer import write_rank_rows
 
 IN, LAYERS, MAX_RANK = 24, 2, 64
 OUTS = (40, 8, 16)  # q, k, v of a merged layer, with GQA

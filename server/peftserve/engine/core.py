@@ -23,6 +23,8 @@ from peftserve.errors import InternalError
 
 log = structlog.get_logger(__name__)
 
+_RESIDENCY_S = 0.25  # while steps follow one another, tell where adapters are this often at most
+
 
 class Runner(Protocol):
     """Whatever executes a plan; `model.runner.Runner` is it."""
@@ -40,6 +42,7 @@ class EngineCore:
         self.adapters = adapters
         self.runner = runner
         self._reported_version = -1
+        self._reported_at = 0.0
 
     def handle(self, command: Command) -> None:
         """Apply what the front end asked for; takes effect with the next step."""
@@ -105,7 +108,11 @@ class EngineCore:
         )
 
     def _changed_residency(self) -> list[AdapterResidency] | None:
+        now = time.monotonic()
         if self.adapters.version == self._reported_version:
             return None
+        if self.is_busy and now - self._reported_at < _RESIDENCY_S:
+            return None
+        self._reported_at = now
         self._reported_version = self.adapters.version
         return self.adapters.residency()
