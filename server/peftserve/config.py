@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import ErrorDetails
 
 from peftserve.errors import ConfigurationError
 
@@ -134,6 +135,17 @@ class Config(_Frozen):
     server: ServerConfig = Field(default_factory=ServerConfig)
 
 
+def _describe(section: type[BaseModel], fault: ErrorDetails) -> str:
+    """One line for one bad value; of secrets neither key nor value is shown."""
+    text = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return text
+    name = str(fault["loc"][0])
+    if not section.model_fields[name].repr:
+        return f"{name}: {text}"
+    return f"{'.'.join(str(part) for part in fault['loc'])}: {text} (got {fault['input']!r})"
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` is reachable from this machine only."""
     import ipaddress
@@ -171,10 +183,7 @@ def build(values: dict[str, Any]) -> Config:
         try:
             built[name] = section.model_validate(nested[name])
         except ValidationError as error:
-            for fault in error.errors():
-                where = ".".join(str(part) for part in fault["loc"])
-                text = fault["msg"].removeprefix("Value error, ")
-                faults.append(f"{where}: {text} (got {fault['input']!r})" if where else text)
+            faults += [_describe(section, fault) for fault in error.errors()]
     if faults:
         raise ConfigurationError("invalid settings: " + "; ".join(faults), faults=faults)
     return Config(**built)

@@ -20,8 +20,10 @@ from peftserve.errors import ConfigurationError
 
 ENV_PREFIX = "PEFTSERVE_"
 
-# Read by the command line's client commands, by the developers' tests or by `load` itself; no setting of the server.
-OTHER_VARIABLES = frozenset({"PEFTSERVE_CONFIG", "PEFTSERVE_URL", "PEFTSERVE_GRPC", "PEFTSERVE_API_KEY"})
+# Read by the command line's client commands, the kernels, the tests or `load` itself; no setting of the server.
+OTHER_VARIABLES = frozenset(
+    f"{ENV_PREFIX}{name}" for name in ("CONFIG", "URL", "GRPC", "API_KEY", "KERNELS", "CPU_ISA", "TEST_DATA_DIR")
+)
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

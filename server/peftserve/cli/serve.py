@@ -25,6 +25,8 @@ def command() -> Callable[..., None]:
     def serve(**values: Any) -> None:
         config_file = values.pop("config")
         built = settings.load(values, os.environ, config_file)
+        # The server never forks; grpc's fork handlers would only log at every start of a child. Read when grpc loads.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         from peftserve.app import run
 
         run(built)

@@ -1,5 +1,6 @@
 """The engine process: `python -m peftserve.engine.process FD`, started by `engine.client` with a socket as FD."""
 
+import logging
 import os
 import signal
 import socket
@@ -79,4 +80,7 @@ def _patience(core: EngineCore) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    status = main(int(sys.argv[1]))
+    logging.shutdown()
+    # Tearing torch down takes seconds and frees only what the operating system takes back anyway.
+    os._exit(status)
