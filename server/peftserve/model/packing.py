@@ -56,36 +56,40 @@ class PackedPrefix:
 
 
 class _Packer:
-    """Collects blocks; a page of `n` columns takes 8 n elements, rounded up to the arena's alignment."""
+    """Collects matrices that become pages; a page of `n` columns takes 8 n elements, rounded up to the alignment."""
 
     def __init__(self) -> None:
-        self._blocks: list[Floats] = []
+        self._parts: list[tuple[int, int, Floats]] = []  # first element, rows a block, values
         self._ends: list[int] = []
 
     def pages(self, rows: Floats) -> list[int]:
         """Add [r, n] as pages of 8 rows; returns their offsets."""
-        starts = range(0, rows.shape[0], RANK_PAGE_ROWS)
-        return [self._add(rows[start : start + RANK_PAGE_ROWS], RANK_PAGE_ROWS) for start in starts]
+        return self._add(rows, RANK_PAGE_ROWS)
 
     def vector(self, values: Floats) -> int:
         """Add [n] as a block of its own; returns its offset."""
-        return self._add(values[None], 1)
+        return self._add(values[None], 1)[0]
 
     def finish(self, dtype: torch.dtype, *, values: Tables, offsets: Tables) -> PackedWeights:
         """The blocks in `dtype`, and the table rows. Raises `AdapterLoadError` when a weight exceeds its range."""
         data = torch.zeros(self._ends[-1], dtype=dtype)
-        start = 0
-        for block, end in zip(self._blocks, self._ends, strict=True):
-            data[start : start + block.size] = torch.from_numpy(np.ascontiguousarray(block)).flatten()
-            start = end
+        for start, block_rows, rows in self._parts:
+            count, columns = -(-rows.shape[0] // block_rows), rows.shape[1]
+            padded = np.zeros((count * block_rows, columns), np.float32)
+            padded[: rows.shape[0]] = rows
+            stride = align(block_rows * columns)
+            blocks = data[start : start + count * stride].view(count, stride)
+            blocks[:, : block_rows * columns] = torch.from_numpy(padded).view(count, -1)
         _require_finite(data)
         return PackedWeights(data, tuple(self._ends), _tensors(values), _tensors(offsets))
 
-    def _add(self, rows: Floats, page_rows: int) -> int:
-        offset = self._ends[-1] if self._ends else 0
-        self._blocks.append(rows)
-        self._ends.append(offset + align(page_rows * rows.shape[1]))
-        return offset
+    def _add(self, rows: Floats, block_rows: int) -> list[int]:
+        start = self._ends[-1] if self._ends else 0
+        stride = align(block_rows * rows.shape[1])
+        offsets = [start + index * stride for index in range(-(-rows.shape[0] // block_rows))]
+        self._parts.append((start, block_rows, rows))
+        self._ends += [offset + stride for offset in offsets]
+        return offsets
 
 
 def pack_lora(adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_rank: int) -> PackedWeights:
