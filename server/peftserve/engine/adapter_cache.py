@@ -4,58 +4,18 @@ The step thread owns all state here. Reading and parsing an adapter, and copying
 on loader threads; their results are taken in by `poll`, so a step never waits for an adapter.
 """
 
-import enum
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
+from peftserve.engine.adapter_entry import AdapterEntry, AdapterState
 from peftserve.engine.adapter_memory import AdapterMemory, HostAdapter, Placement
 from peftserve.engine.kv_cache import KvPageManager
 from peftserve.engine.loader_pool import LoaderPool
 from peftserve.engine.messages import AdapterResidency
 from peftserve.errors import AdapterLoadError, PeftserveError
 from peftserve.types import AdapterKind, AdapterRef
-
-
-class AdapterState(enum.Enum):
-    """Where an adapter version is. Absent ones have no entry."""
-
-    LOADING = "loading"  # on its way from disk to host, or from host to device
-    HOST = "host"
-    DEVICE = "device"
-    FAILED = "failed"
-
-
-_TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
-    AdapterState.LOADING: frozenset({AdapterState.HOST, AdapterState.DEVICE, AdapterState.FAILED}),
-    AdapterState.HOST: frozenset({AdapterState.LOADING, AdapterState.FAILED}),
-    AdapterState.DEVICE: frozenset({AdapterState.HOST}),
-    AdapterState.FAILED: frozenset({AdapterState.LOADING}),
-}
-
-
-@dataclass(eq=False, slots=True)
-class _Entry:
-    ref: AdapterRef
-    state: AdapterState = AdapterState.LOADING
-    num_virtual_tokens: int | None = None  # prefix length, known after the first load
-    host: HostAdapter | None = None  # kept beside the device copy while the host budget allows
-    placement: Placement | None = None
-    refs: int = 0  # running requests
-    waiters: int = 0  # requests that will want it: its host copy stays
-    pinned: bool = False
-    doomed: bool = False  # unload when the last user is gone
-    error: PeftserveError | None = None
-    retry_at: float = 0.0
-    load_started: float = field(default_factory=time.monotonic)
-    load_s: float | None = None
-
-    def move(self, state: AdapterState) -> None:
-        if state not in _TRANSITIONS[self.state]:
-            raise RuntimeError(f"adapter {self.ref.name}: no transition {self.state.name} -> {state.name}")
-        self.state = state
 
 
 class AdapterCache:
@@ -80,9 +40,9 @@ class AdapterCache:
         self._kv = kv
         self._host_budget = host_bytes
         self._retry_s = retry_s
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._backlog: deque[_Entry] = deque()  # loads that wait for a thread, or for room in the host tier
-        self._pool: LoaderPool[_Entry, HostAdapter | Placement] = LoaderPool(threads, on_done)
+        self._entries: OrderedDict[str, AdapterEntry] = OrderedDict()  # least recently used first
+        self._backlog: deque[AdapterEntry] = deque()  # loads that wait for a thread, or for room in the host tier
+        self._pool: LoaderPool[AdapterEntry, HostAdapter | Placement] = LoaderPool(threads, on_done)
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -171,22 +131,7 @@ class AdapterCache:
 
     def residency(self) -> list[AdapterResidency]:
         """Every adapter here, for people."""
-        return [
-            AdapterResidency(
-                digest=entry.ref.digest,
-                name=entry.ref.name,
-                tenant=entry.ref.tenant,
-                kind=entry.ref.kind,
-                state=entry.state.value,
-                refs=entry.refs,
-                pinned=entry.pinned,
-                host_bytes=entry.host.host_bytes if entry.host else 0,
-                device_bytes=entry.placement.device_bytes if entry.placement else 0,
-                load_s=entry.load_s,
-                error=entry.error.message if entry.error else None,
-            )
-            for entry in self._entries.values()
-        ]
+        return [entry.residency() for entry in self._entries.values()]
 
     # -- moving --------------------------------------------------------------------------------------------------
 
@@ -233,10 +178,10 @@ class AdapterCache:
         """Stop the loader threads."""
         self._pool.close()
 
-    def _fetch(self, ref: AdapterRef) -> _Entry:
+    def _fetch(self, ref: AdapterRef) -> AdapterEntry:
         entry = self._entries.get(ref.digest)
         if entry is None:
-            entry = self._entries[ref.digest] = _Entry(ref)
+            entry = self._entries[ref.digest] = AdapterEntry(ref)
             self._queue_load(entry)
         elif entry.state is AdapterState.FAILED and time.monotonic() >= entry.retry_at:
             entry.move(AdapterState.LOADING)
@@ -244,7 +189,7 @@ class AdapterCache:
         self._entries.move_to_end(ref.digest)
         return entry
 
-    def _queue_load(self, entry: _Entry) -> None:
+    def _queue_load(self, entry: AdapterEntry) -> None:
         entry.load_started = time.monotonic()
         entry.error = None
         self.version += 1
@@ -260,7 +205,7 @@ class AdapterCache:
             entry = self._backlog.popleft()
             self._pool.submit(entry, partial(self._memory.load, entry.ref))
 
-    def _loaded(self, entry: _Entry, host: HostAdapter) -> None:
+    def _loaded(self, entry: AdapterEntry, host: HostAdapter) -> None:
         self.loads += 1
         entry.load_s = time.monotonic() - entry.load_started
         if reason := self._never_fits(host):
@@ -284,7 +229,7 @@ class AdapterCache:
             return "its weights exceed adapter_device_bytes"
         return None
 
-    def _failed(self, entry: _Entry, error: PeftserveError) -> None:
+    def _failed(self, entry: AdapterEntry, error: PeftserveError) -> None:
         self.load_failures += 1
         if entry.placement:
             self._give_back(entry)
@@ -293,7 +238,7 @@ class AdapterCache:
         entry.retry_at = time.monotonic() + self._retry_s
         entry.move(AdapterState.FAILED)
 
-    def _place(self, entry: _Entry, *, urgent: bool) -> None:
+    def _place(self, entry: AdapterEntry, *, urgent: bool) -> None:
         """HOST -> on its way to the device, evicting unused adapters for room; stays HOST when there is none."""
         host = entry.host
         if host is None:
@@ -317,7 +262,7 @@ class AdapterCache:
         pages = self._kv.allocate(self._kv.pages_for(host.num_virtual_tokens))
         return None if pages is None else Placement(pages=tuple(pages))
 
-    def _give_back(self, entry: _Entry) -> None:
+    def _give_back(self, entry: AdapterEntry) -> None:
         placement = entry.placement
         if placement is None:
             raise RuntimeError(f"adapter {entry.ref.name} is not placed")
@@ -327,7 +272,7 @@ class AdapterCache:
             self._memory.release(placement, entry.ref.kind)
         entry.placement = None
 
-    def _evict_device(self, wanted: Callable[[_Entry], bool], *, urgent: bool) -> bool:
+    def _evict_device(self, wanted: Callable[[AdapterEntry], bool], *, urgent: bool) -> bool:
         for entry in self._entries.values():
             idle = entry.state is AdapterState.DEVICE and not entry.refs and not entry.pinned
             if idle and wanted(entry) and (urgent or not entry.waiters):
@@ -336,7 +281,7 @@ class AdapterCache:
                 return True
         return False
 
-    def _leave_device(self, entry: _Entry) -> None:
+    def _leave_device(self, entry: AdapterEntry) -> None:
         self._give_back(entry)
         self.version += 1
         if entry.host is not None:
@@ -367,7 +312,7 @@ class AdapterCache:
                 if not on_device:
                     del self._entries[entry.ref.digest]
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: AdapterEntry) -> None:
         """Finish an unload whose last user is gone."""
         if not entry.doomed or entry.refs or entry.waiters or entry.state is AdapterState.LOADING:
             return

@@ -4,7 +4,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from peftserve.types import EngineRequest, ErrorInfo, FinishReason
+from peftserve.types import EngineRequest
 
 
 class RequestState(enum.Enum):
@@ -49,8 +49,6 @@ class Request:
     slot: int = 0
     adapter_ready: float | None = None
     first_scheduled: float | None = None
-    finish_reason: FinishReason | None = None
-    error: ErrorInfo | None = None
     reported: bool = False  # whether an event of this request has gone out
 
     def __post_init__(self) -> None:

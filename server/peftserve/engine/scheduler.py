@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from peftserve.engine import page_hashes
 from peftserve.engine import plan as plans
-from peftserve.engine.adapter_cache import AdapterCache, AdapterState
+from peftserve.engine.adapter_cache import AdapterCache
+from peftserve.engine.adapter_entry import AdapterState
 from peftserve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
-from peftserve.engine.kv_cache import KvPageManager, page_hash, root_hash
+from peftserve.engine.kv_cache import KvPageManager
 from peftserve.engine.plan import PageCopy, Row, SampleSpec, StepPlan, StepResult
 from peftserve.engine.request import Request, RequestState
+from peftserve.engine.request_events import next_event
 from peftserve.errors import AdapterLoadError, OverloadedError, PeftserveError, PromptTooLongError
 from peftserve.types import AdapterKind, EngineRequest, FinishReason, TokenEvent, TokenLogprobs
 
@@ -230,9 +233,11 @@ class Scheduler:
         # Full prefix pages are shared as they are; a partly filled last one is copied, as the prompt goes on in it.
         num_full, num_partial = divmod(request.num_virtual_tokens, self._kv.page_size)
         shared = prefix[:num_full]
-        request.page_hashes = self._hashes(request, len(shared))
+        size = self._kv.page_size
+        full = request.num_positions // size - len(shared)
+        page_hashes.extend(request, full, page_size=size, num_shared=len(shared))
         # The last token is always computed, for its logits.
-        reusable = (request.num_positions - 1) // self._kv.page_size - len(shared)
+        reusable = (request.num_positions - 1) // size - len(shared)
         cached = self._kv.match(request.page_hashes[:reusable])
         needed = self._kv.pages_for(request.num_positions) - len(shared) - len(cached)
         while (own := self._kv.allocate(needed)) is None:
@@ -244,7 +249,7 @@ class Scheduler:
                 return False
         request.block_table = [*shared, *cached, *own]
         request.num_shared_pages = len(shared)
-        request.num_computed = max(request.num_virtual_tokens, (len(shared) + len(cached)) * self._kv.page_size)
+        request.num_computed = max(request.num_virtual_tokens, (len(shared) + len(cached)) * size)
         if request.first_scheduled is None:
             request.first_scheduled = self._clock()
             request.num_cached_tokens = request.num_computed - request.num_virtual_tokens
@@ -307,32 +312,15 @@ class Scheduler:
         decoding = num_tokens == 1 and bool(request.output_token_ids)
         self.waiting.charge(request, num_tokens, OUTPUT_WEIGHT if decoding else PROMPT_WEIGHT)
 
-    def _hashes(self, request: Request, num_shared: int) -> list[bytes]:
-        """Chained hashes of the request's own pages that are full of known tokens."""
-        size = self._kv.page_size
-        hashes: list[bytes] = []
-        parent = root_hash(request.spec.tenant, request.digest)
-        for page in range(num_shared, request.num_positions // size):
-            parent = page_hash(parent, self._page_tokens(request, page))
-            hashes.append(parent)
-        return hashes
-
-    def _page_tokens(self, request: Request, page: int) -> list[int]:
-        """The real tokens in page `page` of the request's positions (fewer where virtual tokens share the page)."""
-        size = self._kv.page_size
-        start = page * size - request.num_virtual_tokens
-        return request.token_ids[max(start, 0) : start + size]
-
     def _advance(self, request: Request, num_tokens: int) -> None:
         """`num_tokens` more are in the KV cache; the pages that this filled go into the prefix cache."""
-        size, shared, hashes = self._kv.page_size, request.num_shared_pages, request.page_hashes
-        first = request.num_computed // size - shared
+        size, shared = self._kv.page_size, request.num_shared_pages
+        first = max(request.num_computed // size - shared, 0)
         request.num_computed += num_tokens
-        for index in range(max(first, 0), request.num_computed // size - shared):
-            if index == len(hashes):
-                parent = hashes[-1] if hashes else root_hash(request.spec.tenant, request.digest)
-                hashes.append(page_hash(parent, self._page_tokens(request, shared + index)))
-            self._kv.publish(request.block_table[shared + index], hashes[index])
+        full = request.num_computed // size - shared
+        page_hashes.extend(request, full, page_size=size, num_shared=shared)
+        for index in range(first, full):
+            self._kv.publish(request.block_table[shared + index], request.page_hashes[index])
 
     def _take(self, request: Request, sampled: plans.Sampled) -> None:
         """Append a sampled token and end the request if that was its last."""
@@ -348,7 +336,7 @@ class Scheduler:
         if full or len(request.output_token_ids) >= params.max_tokens:
             self._finish(request, FinishReason.LENGTH, token_ids=[token], logprobs=logprobs)
         else:
-            self._emit(request, [token], logprobs)
+            self._events.append(next_event(request, [token], logprobs))
 
     def _finish(
         self,
@@ -373,39 +361,15 @@ class Scheduler:
         request.move(RequestState.FINISHED)
         del self._requests[request.id]
         self.waiting.leave(request)
-        self._emit(request, token_ids, logprobs, reason, stop_token_id, error)
+        self._events.append(
+            next_event(request, token_ids, logprobs, finish_reason=reason, stop_token_id=stop_token_id, error=error)
+        )
 
     def _stop_awaiting(self, request: Request) -> None:
         requests = self._awaiting_adapter[request.digest or ""]
         requests.remove(request)
         if not requests:
             del self._awaiting_adapter[request.digest or ""]
-
-    def _emit(
-        self,
-        request: Request,
-        token_ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs],
-        finish_reason: FinishReason | None = None,
-        stop_token_id: int | None = None,
-        error: PeftserveError | None = None,
-    ) -> None:
-        first = not request.reported
-        request.reported = True
-        ready, started = request.adapter_ready, request.first_scheduled
-        self._events.append(
-            TokenEvent(
-                request_id=request.id,
-                token_ids=list(token_ids),
-                logprobs=list(logprobs),
-                finish_reason=finish_reason,
-                stop_token_id=stop_token_id,
-                error=error.to_info() if error else None,
-                num_cached_tokens=request.num_cached_tokens if first else None,
-                queued_s=started - request.arrived if first and started is not None else None,
-                adapter_wait_s=ready - request.arrived if first and ready is not None else None,
-            )
-        )
 
 
 def _kind(request: Request) -> AdapterKind:
