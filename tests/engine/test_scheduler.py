@@ -1,8 +1,11 @@
 """The scheduler on the simulated device: order, budget, fairness, preemption, prefixes, stops, errors."""
 
+from dataclasses import replace
+
 import pytest
 
 from peftserve.engine.messages import AbortRequest, PrefetchAdapter, UnloadAdapter
+from peftserve.engine.plan import StepPlan, StepResult
 from peftserve.types import AdapterKind, FinishReason
 
 from .harness import Harness
@@ -250,4 +253,25 @@ def test_a_step_that_fails_ends_only_its_own_requests() -> None:
     assert error is not None
     assert error.code == "internal"
     assert h.tokens("next") == expected_tokens(h.runner.specs["next"], 4)
+    h.check_idle()
+
+
+def test_logits_that_are_no_numbers_end_their_own_request_with_an_error() -> None:
+    h = Harness()
+    h.add(request("nan", [1, 2], ref=LORA_A))
+    h.add(request("sound", [1, 2]))
+    execute = h.runner.execute
+
+    def overflow(plan: StepPlan) -> StepResult:
+        result = execute(plan)
+        sampled = {key: replace(value, is_finite=key != "nan") for key, value in result.sampled.items()}
+        return StepResult(result.step, sampled)
+
+    h.runner.execute = overflow  # type: ignore[method-assign]
+    h.run()
+    error = h.events["nan"][-1].error
+    assert error is not None
+    assert "lora-a is not a number" in error.message
+    assert h.tokens("nan") == []
+    assert h.tokens("sound") == expected_tokens(h.runner.specs["sound"], 4)
     h.check_idle()

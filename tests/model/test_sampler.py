@@ -165,6 +165,7 @@ def test_rows_that_overflowed_harm_nobody(bad: float) -> None:
     specs = [spec(temperature=0.0), spec(seed=1, logprobs=2), spec(seed=1, logprobs=2, repetition_penalty=2.0)]
     good, broken, partly = sample_rows(table, specs)
     assert good.token_id == expected
+    assert (good.is_finite, broken.is_finite) == (True, False)
     for row in (broken, partly):
         assert 0 <= row.token_id < VOCAB
         assert row.logprobs is not None

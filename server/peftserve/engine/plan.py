@@ -84,10 +84,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token picked for one row; `logprobs` when the request asked for them."""
+    """The token picked for one row; `logprobs` when the request asked for them.
+
+    `is_finite` is False when the row's logits were NaN or infinite: the token means nothing then.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    is_finite: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,14 +23,14 @@ _U64 = (1 << 64) - 1
 
 def sample_rows(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     """One token for each row of `logits` float32 [B, vocab], which is overwritten."""
-    _require_numbers(logits)
+    finite = _make_finite(logits)
     reporting = [index for index, spec in enumerate(specs) if spec.params.logprobs is not None]
     # Of the model's own distribution, so before anything changes the logits.
     log_probs = logits[reporting].log_softmax(dim=-1) if reporting else None
     _penalize(logits, specs)
     tokens = _draw(logits, specs)
     reports = {} if log_probs is None else _report(log_probs, reporting, specs, tokens)
-    return [Sampled(token, reports.get(index)) for index, token in enumerate(tokens)]
+    return [Sampled(token, reports.get(index), finite[index]) for index, token in enumerate(tokens)]
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -49,15 +49,17 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _require_numbers(logits: torch.Tensor) -> None:
-    """Make rows with NaN or infinity finite, in place.
+def _make_finite(logits: torch.Tensor) -> list[bool]:
+    """Whether each row was free of NaN and infinity; rows that were not are made so, in place.
 
-    Legal but absurd adapter weights can overflow. Their own request gets nonsense then, but the draw must stay defined
-    and log-probabilities must stay numbers, because other requests are in the same step.
+    Legal but absurd adapter weights can overflow. Their own request will end with an error; the draw must stay defined
+    and log-probabilities must stay numbers for the other requests of the step.
     """
-    if not bool(logits.amax(dim=-1).isfinite().all()):
+    finite: list[bool] = logits.amax(dim=-1).isfinite().tolist()
+    if not all(finite):
         limit = 1e30  # far beyond real logits, and far enough from float32's end for penalties and biases
         logits.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit).clamp_(-limit, limit)
+    return finite
 
 
 def _penalize(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> None:

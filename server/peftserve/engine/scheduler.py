@@ -20,7 +20,7 @@ from peftserve.engine.kv_cache import KvPageManager
 from peftserve.engine.plan import PageCopy, Row, SampleSpec, StepPlan, StepResult
 from peftserve.engine.request import Request, RequestState
 from peftserve.engine.request_events import next_event
-from peftserve.errors import AdapterLoadError, OverloadedError, PeftserveError, PromptTooLongError
+from peftserve.errors import AdapterLoadError, InternalError, OverloadedError, PeftserveError, PromptTooLongError
 from peftserve.types import AdapterKind, EngineRequest, FinishReason, TokenEvent, TokenLogprobs
 
 _KIND_ORDER = {kind: order for order, kind in enumerate(AdapterKind)}
@@ -324,6 +324,11 @@ class Scheduler:
 
     def _take(self, request: Request, sampled: plans.Sampled) -> None:
         """Append a sampled token and end the request if that was its last."""
+        if not sampled.is_finite:
+            who = f"adapter {request.spec.adapter.name}" if request.spec.adapter else "the base model"
+            error = InternalError(f"the output of {who} is not a number: its weights overflow in the served dtype")
+            self._finish(request, FinishReason.ERROR, error=error)
+            return
         params = request.spec.sampling
         token = sampled.token_id
         stops = token in params.stop_token_ids or (not params.ignore_eos and token in self._limits.stop_token_ids)

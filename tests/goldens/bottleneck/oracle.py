@@ -69,14 +69,14 @@ def nf4_base(model: Any) -> str:
     """
     digest = hashlib.sha256()
     with torch.no_grad():
-        for _, parameter in model.named_parameters():
-            parameter.copy_(parameter.bfloat16())
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight.copy_(module.weight.bfloat16())
         linears = {name: module for name, module in model.named_modules() if name.endswith(QUANTIZED)}
         for name in sorted(linears):
             linear = linears[name]
             if not isinstance(linear, nn.Linear):
                 raise TypeError(f"{name} is a {type(linear).__name__}, not nn.Linear")
-            values, stored = nf4_round_trip(linear.weight.bfloat16())
+            values, stored = nf4_round_trip(linear.weight)
             linear.weight.copy_(values)
             digest.update(name.encode())
             digest.update(stored)
