@@ -46,8 +46,8 @@ def test_configuration_names_the_public_base(name: str) -> None:
 
 
 def test_shapes_follow_from_the_configurations() -> None:
-    lora = load_file(FOLDER / "order-json" / WEIGHTS_FILE["lora"])
-    config = json.loads((FOLDER / "order-json" / "adapter_config.json").read_text(encoding="utf-8"))
+    lora = load_file(FOLDER / "order-yaml" / WEIGHTS_FILE["lora"])
+    config = json.loads((FOLDER / "order-yaml" / "adapter_config.json").read_text(encoding="utf-8"))
     assert len(lora) == LAYERS * 2 * len(config["target_modules"])
     assert {min(tensor.shape) for tensor in lora.values()} == {config["r"]}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from datetime import date, timedelta
 
 import pytest
+import yaml
 
 from peftserve.demo import vocabulary as vocab
 from peftserve.demo.tasks import TASKS, date_split, exact_match, examples, year_in_words
@@ -38,9 +38,9 @@ def test_word_lists_have_two_disjoint_parts(name: str) -> None:
     assert shared == allowed
 
 
-def test_order_answers_are_json_with_the_words_of_the_prompt() -> None:
-    for example in examples("order-json", "train", 300):
-        order = json.loads(example.answer)
+def test_order_answers_are_yaml_with_the_words_of_the_prompt() -> None:
+    for example in examples("order-yaml", "train", 300):
+        order = yaml.safe_load(example.answer)
         assert list(order) == ["name", "item", "quantity", "city"]
         assert all(order[field] in example.prompt for field in ("name", "item", "city"))
         spoken = {str(order["quantity"])} | {word for word, number in vocab.QUANTITIES if number == order["quantity"]}
@@ -48,8 +48,8 @@ def test_order_answers_are_json_with_the_words_of_the_prompt() -> None:
 
 
 def test_held_out_orders_use_only_held_out_words() -> None:
-    for example in examples("order-json", "held_out", 200):
-        order = json.loads(example.answer)
+    for example in examples("order-yaml", "held_out", 200):
+        order = yaml.safe_load(example.answer)
         color, goods = order["item"].split(" ", 1)
         assert order["name"] in vocab.NAMES.held_out
         assert order["city"] in vocab.CITIES.held_out

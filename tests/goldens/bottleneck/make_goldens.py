@@ -23,13 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapters.methods.modeling import (  # type: ignore[import-not-found,unused-ignore]
-    Activation_Function_Class,
-)
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from transformers.activations import ACT2FN
-
 from adapters import (  # type: ignore[import-not-found,unused-ignore]
     AdapterPlusConfig,
     CompacterConfig,
@@ -40,6 +33,13 @@ from adapters import (  # type: ignore[import-not-found,unused-ignore]
     SeqBnConfig,
     SeqBnInvConfig,
 )
+from adapters.methods.modeling import (  # type: ignore[import-not-found,unused-ignore]
+    Activation_Function_Class,
+)
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.activations import ACT2FN
+
 from tests.goldens.bottleneck.oracle import STEPS, TOP_K, Case, activate, deactivate, greedy, nf4_base
 from tests.goldens.bottleneck.random_adapter import Kind, write_random_adapter
 
