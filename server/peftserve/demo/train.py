@@ -44,7 +44,7 @@ class TrainingSettings:
 
 
 SETTINGS: dict[str, TrainingSettings] = {
-    "order-json": TrainingSettings(learning_rate=1e-3, steps=100),
+    "order-yaml": TrainingSettings(learning_rate=1e-3, steps=120),
     "ticket-router": TrainingSettings(learning_rate=1e-2, steps=250),
     "iso-date": TrainingSettings(learning_rate=2e-3, steps=120),
 }

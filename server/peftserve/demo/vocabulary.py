@@ -21,22 +21,25 @@ def _parts(spaced: str) -> tuple[str, ...]:
     return tuple(spaced.split())
 
 
-# --- orders (task "order-json") ---
+# --- orders (task "order-yaml") ---
 
 NAMES = _words(
     "Maria, Tom, Anna, Peter, Lucia, Omar, Ingrid, Carlos, Mei, David, Fatima, Jonas, Priya, Elena, Kofi, Sarah, "
     "Ivan, Chloe, Ahmed, Nina, Diego, Hannah, Yuki, Marcus, Olga, Felix, Amara, Victor, Leila, Simon, Grace, "
     "Mateo, Julia, Henrik, Rosa, Daniel, Aisha, Paul, Sofia, George, Emma, Raj, Clara, Hugo, Zoe, Martin, Ruth, Ali, "
-    "Bruno, Helen, Tariq, Agnes, Kenji, Laura, Pablo, Vera, Samuel, Noor, Oscar, Beatrice, Stefan, Alice",
+    "Bruno, Helen, Tariq, Agnes, Kenji, Laura, Pablo, Vera, Samuel, Noor, Oscar, Beatrice, Stefan, Alice, "
     "Miriam, Gustav, Yasmin, Edward, Irene, Rafael, Sven, Layla, Arthur, Nadia, Walter, Esther, Kwame, Monica",
+    "Bernard, Camila, Dmitri, Elise, Farid, Gloria, Hassan, Isabel, Joshua, Karin, Lorenzo, Magda, Nikolai, Ursula",
 )
 CITIES = _words(
     "Oslo, Paris, Tokyo, Madrid, Cairo, Toronto, Lima, Berlin, Dublin, Nairobi, Seoul, Boston, Milan, Prague, "
     "Mumbai, Sydney, Vienna, Athens, Chicago, Lagos, Geneva, Denver, Warsaw, Havana, Bergen, New York, Cape Town, "
     "Hong Kong, Seattle, Istanbul, Munich, Porto, Accra, Dallas, Bogota, Hamburg, "
-    "London, Rome, Helsinki, Montreal, Santiago, Lisbon, Manila, San Diego, Zurich, Atlanta, Budapest, Delhi",
+    "London, Rome, Helsinki, Montreal, Santiago, Lisbon, Manila, San Diego, Zurich, Atlanta, Budapest, Delhi, "
     "Stockholm, Naples, Bangkok, Glasgow, Valencia, Krakow, Tallinn, Jakarta, Quito, Brisbane, Antwerp, Portland, "
     "San Jose, Buenos Aires",
+    "Marseille, Edinburgh, Osaka, Karachi, Nashville, Rotterdam, Florence, Bristol, Ankara, Leipzig, Hanoi, Auckland, "
+    "Las Vegas, Rio de Janeiro",
 )
 # Parts of invented names: with real ones alone the model learns the list by heart instead of copying what it reads.
 ONSETS: tuple[str, ...] = _parts("b br c ch d dr f g gr h j k kl l m n p pr qu r s st t tr v w y z")
