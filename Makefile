@@ -41,7 +41,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup model
-	$(BIN)/python bench/serving.py $(ARGS)
+	$(BIN)/python bench/run.py $(ARGS)
 
 protos: setup
 	$(BIN)/python protos/generate.py

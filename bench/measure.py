@@ -25,7 +25,7 @@ class Effort:
 
 
 def interleave(variants: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
-    """Seconds per call, one value a round. Every variant is called once before the first round."""
+    """Seconds per call, one value a round."""
     calls = {name: _calls_in(effort.turn_s, call) for name, call in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(effort.rounds):
@@ -51,7 +51,6 @@ def spread(values: Sequence[float]) -> float:
 
 
 def _calls_in(turn_s: float, call: Call) -> int:
-    call()
     count = 1
     while (elapsed := _time(call, count) * count) < turn_s / 4:
         count *= 2
@@ -59,6 +58,7 @@ def _calls_in(turn_s: float, call: Call) -> int:
 
 
 def _time(call: Call, count: int) -> float:
+    call()  # pays for what the variant before left behind: caches full of its data, sleeping threads
     began = time.perf_counter()
     for _ in range(count):
         call()

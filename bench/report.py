@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from rich.table import Table
 
 SCHEMA_VERSION = 1
 
-console = Console()
+# A file has no width; wrapped cells would be hard to read in it.
+console = Console(width=None if sys.stdout.isatty() else 150)
 progress = Console(stderr=True, style="dim")
 
 

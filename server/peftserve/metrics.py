@@ -121,7 +121,9 @@ class Metrics:
         if update.num_batch_tokens:
             self.step.observe(update.step_s)
             self.batch_tokens.observe(update.num_batch_tokens)
-        for adapter in update.residency or ():
+        for digest in update.gone:
+            self._load_seen.pop(digest, None)
+        for adapter in update.residency:
             if adapter.load_s is not None and self._load_seen.get(adapter.digest) != adapter.load_s:
                 self._load_seen[adapter.digest] = adapter.load_s
                 self.adapter_load.labels(adapter.kind).observe(adapter.load_s)

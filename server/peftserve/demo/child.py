@@ -29,13 +29,17 @@ class Server:
     pid: int
 
 
+# Of the caller's variables only those that choose kernels: settings come from `flags` alone.
+_KEPT = ("PEFTSERVE_KERNELS", "PEFTSERVE_CPU_ISA")
+
+
 @contextmanager
 def running_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
     """`peftserve serve` with `flags`, from when it is ready to the block's end; its log goes to `log`.
 
     Raises `ConfigurationError` with the log's last lines when it does not start.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PEFTSERVE_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PEFTSERVE_") or key in _KEPT}
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "peftserve.cli", "serve", *flags],

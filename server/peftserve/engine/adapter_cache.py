@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 from peftserve.engine.adapter_entry import AdapterEntry, AdapterState
 from peftserve.engine.adapter_memory import AdapterMemory, HostAdapter, Placement
@@ -35,12 +36,15 @@ class AdapterCache:
         self.evictions_host = 0
         self.loads = 0
         self.load_failures = 0
-        self.version = 0  # grows with every change worth reporting
+        self.host_bytes_used = 0
+        self.device_bytes_used = 0
         self._memory = memory
         self._kv = kv
         self._host_budget = host_bytes
         self._retry_s = retry_s
         self._entries: OrderedDict[str, AdapterEntry] = OrderedDict()  # least recently used first
+        self._placed: OrderedDict[str, AdapterEntry] = OrderedDict()  # those with a place on the device, likewise
+        self._changed: dict[str, None] = {}  # digests whose residency has changed since `take_changes`
         self._backlog: deque[AdapterEntry] = deque()  # loads that wait for a thread, or for room in the host tier
         self._pool: LoaderPool[AdapterEntry, HostAdapter | Placement] = LoaderPool(threads, on_done)
 
@@ -65,12 +69,14 @@ class AdapterCache:
         """
         entry = self._entries[digest]
         self._entries.move_to_end(digest)
+        if entry.placement:
+            self._placed.move_to_end(digest)
         if entry.state is AdapterState.HOST:
             self._place(entry, urgent=urgent)
         if entry.state is not AdapterState.DEVICE or entry.placement is None:
             return None
         entry.refs += 1
-        self.version += 1
+        self._touch(entry)
         return entry.placement.slot
 
     def release(self, digest: str) -> None:
@@ -79,7 +85,7 @@ class AdapterCache:
         if entry.refs <= 0:
             raise RuntimeError(f"adapter {entry.ref.name} released more often than acquired")
         entry.refs -= 1
-        self.version += 1
+        self._touch(entry)
         self._settle(entry)
 
     # -- looking -------------------------------------------------------------------------------------------------
@@ -106,7 +112,7 @@ class AdapterCache:
         """Whether KV pages are held by a prefix that is still being copied: they can be reclaimed soon."""
         return any(
             entry.state is AdapterState.LOADING and entry.placement and entry.placement.pages
-            for entry in self._entries.values()
+            for entry in self._placed.values()
         )
 
     def num_virtual_tokens(self, digest: str) -> int:
@@ -121,17 +127,15 @@ class AdapterCache:
         placement = self._entries[digest].placement
         return placement.pages if placement else ()
 
-    @property
-    def host_bytes_used(self) -> int:
-        return sum(entry.host.host_bytes for entry in self._entries.values() if entry.host)
-
-    @property
-    def device_bytes_used(self) -> int:
-        return sum(entry.placement.device_bytes for entry in self._entries.values() if entry.placement)
-
     def residency(self) -> list[AdapterResidency]:
         """Every adapter here, for people."""
         return [entry.residency() for entry in self._entries.values()]
+
+    def take_changes(self) -> tuple[list[AdapterResidency], list[str]]:
+        """Adapters whose residency has changed since the last call, and digests of those that are gone."""
+        changed, self._changed = self._changed, {}
+        here = [self._entries[digest].residency() for digest in changed if digest in self._entries]
+        return here, [digest for digest in changed if digest not in self._entries]
 
     # -- moving --------------------------------------------------------------------------------------------------
 
@@ -140,7 +144,7 @@ class AdapterCache:
         entry = self._fetch(ref)
         entry.pinned = pinned
         entry.doomed = False
-        self.version += 1
+        self._touch(entry)
         if pinned and entry.state is AdapterState.HOST:
             self._place(entry, urgent=False)
         self._settle(entry)
@@ -157,7 +161,7 @@ class AdapterCache:
         changed = []
         for entry, outcome in self._pool.poll():
             changed.append(entry.ref.digest)
-            self.version += 1
+            self._touch(entry)
             if isinstance(outcome, HostAdapter):
                 self._loaded(entry, outcome)
             elif isinstance(outcome, Placement):
@@ -192,7 +196,7 @@ class AdapterCache:
     def _queue_load(self, entry: AdapterEntry) -> None:
         entry.load_started = time.monotonic()
         entry.error = None
-        self.version += 1
+        self._touch(entry)
         self._backlog.append(entry)
         self._start_loads()
 
@@ -211,7 +215,7 @@ class AdapterCache:
         if reason := self._never_fits(host):
             self._failed(entry, AdapterLoadError(f"adapter {entry.ref.name} cannot be served: {reason}"))
             return
-        entry.host = host
+        self._keep_host(entry, host)
         entry.num_virtual_tokens = host.num_virtual_tokens
         entry.move(AdapterState.HOST)
         if entry.pinned:
@@ -233,7 +237,7 @@ class AdapterCache:
         self.load_failures += 1
         if entry.placement:
             self._give_back(entry)
-        entry.host = None
+        self._keep_host(entry, None)
         entry.error = error
         entry.retry_at = time.monotonic() + self._retry_s
         entry.move(AdapterState.FAILED)
@@ -248,6 +252,8 @@ class AdapterCache:
             if not self._evict_device(lambda e: uses_pages == bool(e.placement and e.placement.pages), urgent=urgent):
                 return
         entry.placement = placement
+        self._placed[entry.ref.digest] = entry
+        self.device_bytes_used += placement.device_bytes
         entry.move(AdapterState.LOADING)
 
         def copy() -> Placement:
@@ -271,9 +277,11 @@ class AdapterCache:
         else:
             self._memory.release(placement, entry.ref.kind)
         entry.placement = None
+        del self._placed[entry.ref.digest]
+        self.device_bytes_used -= placement.device_bytes
 
     def _evict_device(self, wanted: Callable[[AdapterEntry], bool], *, urgent: bool) -> bool:
-        for entry in self._entries.values():
+        for entry in self._placed.values():
             idle = entry.state is AdapterState.DEVICE and not entry.refs and not entry.pinned
             if idle and wanted(entry) and (urgent or not entry.waiters):
                 self.evictions_device += 1
@@ -283,7 +291,7 @@ class AdapterCache:
 
     def _leave_device(self, entry: AdapterEntry) -> None:
         self._give_back(entry)
-        self.version += 1
+        self._touch(entry)
         if entry.host is not None:
             entry.move(AdapterState.HOST)
         elif entry.waiters:
@@ -292,25 +300,42 @@ class AdapterCache:
             entry.move(AdapterState.LOADING)
             self._queue_load(entry)
         else:
-            del self._entries[entry.ref.digest]
+            self._drop(entry)
 
     def _trim_host(self) -> None:
         """Drop host copies, least recently used first, until the budget holds: first those also on the device."""
         excess = self.host_bytes_used - self._host_budget
-        for on_device in (True, False):
-            for entry in list(self._entries.values()):
-                if excess <= 0:
-                    return
-                host = entry.host
-                if host is None or entry.waiters or entry.state is AdapterState.LOADING:
-                    continue
-                if (entry.state is AdapterState.DEVICE) is not on_device or (entry.pinned and not on_device):
-                    continue
-                excess -= host.host_bytes
-                entry.host = None
-                self.evictions_host += 1
-                if not on_device:
-                    del self._entries[entry.ref.digest]
+        if excess <= 0:
+            return
+        copies = [entry for entry in self._placed.values() if entry.state is AdapterState.DEVICE]
+        only = (entry for entry in self._entries.values() if entry.state is AdapterState.HOST and not entry.pinned)
+        dropped = []
+        for entry in chain(copies, only):
+            if excess <= 0:
+                break
+            if entry.host is not None and not entry.waiters:
+                excess -= entry.host.host_bytes
+                dropped.append(entry)
+        for entry in dropped:
+            self.evictions_host += 1
+            self._keep_host(entry, None)
+            self._touch(entry)
+            if entry.placement is None:
+                self._drop(entry)
+
+    def _keep_host(self, entry: AdapterEntry, host: HostAdapter | None) -> None:
+        """Set the entry's host copy."""
+        self.host_bytes_used += (host.host_bytes if host else 0) - (entry.host.host_bytes if entry.host else 0)
+        entry.host = host
+
+    def _touch(self, entry: AdapterEntry) -> None:
+        self._changed[entry.ref.digest] = None
+
+    def _drop(self, entry: AdapterEntry) -> None:
+        """The entry leaves all tiers."""
+        self._keep_host(entry, None)
+        self._touch(entry)
+        del self._entries[entry.ref.digest]
 
     def _settle(self, entry: AdapterEntry) -> None:
         """Finish an unload whose last user is gone."""
@@ -318,5 +343,4 @@ class AdapterCache:
             return
         if entry.placement:
             self._give_back(entry)
-        self._entries.pop(entry.ref.digest, None)
-        self.version += 1
+        self._drop(entry)

@@ -226,8 +226,9 @@ class EngineClient:
         match update:
             case StepUpdate():
                 self.stats = update.stats
-                if update.residency is not None:
-                    self.residency = {adapter.digest: adapter for adapter in update.residency}
+                self.residency.update((adapter.digest, adapter) for adapter in update.residency)
+                for digest in update.gone:
+                    self.residency.pop(digest, None)
                 for event in update.events:
                     self._dispatch(event)
                 if self._on_update:

@@ -9,7 +9,6 @@ from peftserve.engine.adapter_cache import AdapterCache
 from peftserve.engine.kv_cache import KvPageManager
 from peftserve.engine.messages import (
     AbortRequest,
-    AdapterResidency,
     AddRequest,
     Command,
     EngineStats,
@@ -22,8 +21,6 @@ from peftserve.engine.scheduler import Scheduler
 from peftserve.errors import InternalError
 
 log = structlog.get_logger(__name__)
-
-_RESIDENCY_S = 0.25  # while steps follow one another, tell where adapters are this often at most
 
 
 class Runner(Protocol):
@@ -41,8 +38,6 @@ class EngineCore:
         self.kv = kv
         self.adapters = adapters
         self.runner = runner
-        self._reported_version = -1
-        self._reported_at = 0.0
 
     def handle(self, command: Command) -> None:
         """Apply what the front end asked for; takes effect with the next step."""
@@ -62,12 +57,14 @@ class EngineCore:
         plan = self.scheduler.schedule()
         result = self._execute(plan) if plan.rows else None
         events = self.scheduler.commit(plan, result)
+        changed, gone = self.adapters.take_changes()
         return StepUpdate(
             events=events,
             stats=self._stats(plan.step),
             step_s=time.perf_counter() - started,
             num_batch_tokens=plan.num_tokens,
-            residency=self._changed_residency(),
+            residency=changed,
+            gone=gone,
         )
 
     @property
@@ -106,13 +103,3 @@ class EngineCore:
             running_adapters=running,
             waiting_adapters=waiting,
         )
-
-    def _changed_residency(self) -> list[AdapterResidency] | None:
-        now = time.monotonic()
-        if self.adapters.version == self._reported_version:
-            return None
-        if self.is_busy and now - self._reported_at < _RESIDENCY_S:
-            return None
-        self._reported_at = now
-        self._reported_version = self.adapters.version
-        return self.adapters.residency()

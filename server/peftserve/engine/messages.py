@@ -114,14 +114,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class StepUpdate(msgspec.Struct, frozen=True, tag=True):
     """One message a step: everything that the step produced. `step_s` and `schedule_s` in seconds.
 
-    `residency` is sent only when it changed.
+    `residency` holds the adapters whose residency has changed since the last message, `gone` the digests of those that
+    left all tiers.
     """
 
     events: list[TokenEvent]
     stats: EngineStats
     step_s: float = 0.0
     num_batch_tokens: int = 0
-    residency: list[AdapterResidency] | None = None
+    residency: list[AdapterResidency] = []
+    gone: list[str] = []
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

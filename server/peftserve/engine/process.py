@@ -13,7 +13,7 @@ from peftserve import log as logging_setup
 from peftserve.config import EngineConfig
 from peftserve.engine.channel import EngineChannel
 from peftserve.engine.core import EngineCore
-from peftserve.engine.messages import Fatal, Ping, Ready, Shutdown, Start
+from peftserve.engine.messages import Fatal, Ready, Shutdown, Start
 from peftserve.errors import InternalError, PeftserveError, UnavailableError
 
 log = structlog.get_logger(__name__)
@@ -67,9 +67,9 @@ def run(core: EngineCore, channel: EngineChannel) -> int:
                 core.adapters.close()
                 return 0
             core.handle(command)
-        pinged = any(isinstance(command, Ping) for command in commands)
         update = core.step()
-        if update.events or update.num_batch_tokens or update.residency is not None or commands or pinged:
+        # A command is always answered, if only with the state: that is what a `Ping` is for.
+        if commands or update.events or update.num_batch_tokens or update.residency or update.gone:
             channel.send(update)
 
 

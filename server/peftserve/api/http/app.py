@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from peftserve.api.http import adapters, models, native, openai, openapi, ops, server_files
+from peftserve.api.http.dashboard import routes as dashboard
 from peftserve.api.http.endpoint import Endpoint
 from peftserve.api.http.errors import json_response, on_peftserve_error, on_routing_error
 from peftserve.api.http.middleware import Gate
@@ -21,6 +22,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *adapters.ENDPOINTS,
     *server_files.ENDPOINTS,
     *ops.ENDPOINTS,
+    *dashboard.ENDPOINTS,
 )
 
 

@@ -1,6 +1,7 @@
-"""Adapters of any size with random weights, in the formats that PEFT and AdapterHub save: cost does not depend on values.
+"""Adapters of any size with random weights, in the formats that PEFT and AdapterHub save.
 
-Weights are small, so that activations stay finite; bf16, as half-precision training leaves them.
+What an adapter costs does not depend on its values. They are small, so that activations stay finite, and bf16, as
+half-precision training leaves them.
 """
 
 import json
@@ -53,7 +54,7 @@ def lora(
     for layer in range(spec.num_layers) if layers is None else layers:
         for target in targets(spec):
             if target.name in modules:
-                stem = f"base_model.model.model.layers.{layer}.{_module(layer, target.name)}"
+                stem = f"base_model.model.{module_name(layer, target.name)}"
                 tensors[f"{stem}.lora_A.weight"] = random.matrix(rank, target.in_features)
                 tensors[f"{stem}.lora_B.weight"] = random.matrix(target.out_features, rank)
     config = {
@@ -118,10 +119,6 @@ class _Random:
 
     def matrix(self, *shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=self._generator) * _SCALE).bfloat16()
-
-
-def _module(layer: int, target: str) -> str:
-    return module_name(layer, target).removeprefix(f"model.layers.{layer}.")
 
 
 def _files(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AdapterFiles:
