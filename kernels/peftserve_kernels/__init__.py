@@ -12,8 +12,8 @@ from peftserve_kernels.dispatch import Backend
 from peftserve_kernels.embedding import embedding
 from peftserve_kernels.linear import linear_logits
 from peftserve_kernels.lora import LoraSlice, LoraWeights, lora_add
-from peftserve_kernels.nf4 import NF4_BLOCK, NF4_CODE, Nf4Weight, dequantize_nf4
-from peftserve_kernels.nf4_linear import nf4_linear
+from peftserve_kernels.nf4 import NF4_BLOCK, NF4_CODE, Nf4Layout, Nf4Weight, dequantize_nf4
+from peftserve_kernels.nf4_linear import nf4_linear, prepare_nf4
 from peftserve_kernels.paged_attention import AttentionBatch, paged_attention
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
 from peftserve_kernels.rank_pages import RANK_PAGE_ROWS, rank_pages, read_rank_rows
@@ -35,6 +35,7 @@ __all__ = [
     "BottleneckWeights",
     "LoraSlice",
     "LoraWeights",
+    "Nf4Layout",
     "Nf4Weight",
     "Penalties",
     "RowPenalties",
@@ -48,6 +49,7 @@ __all__ = [
     "lora_add",
     "nf4_linear",
     "paged_attention",
+    "prepare_nf4",
     "rank_pages",
     "read_rank_rows",
     "rms_norm",

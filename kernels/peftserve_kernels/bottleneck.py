@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from peftserve_kernels.activation import Activation, activate
+from peftserve_kernels.cpu import bottleneck as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 from peftserve_kernels.rank_pages import read_rank_rows
 from peftserve_kernels.segments import Segments
@@ -163,4 +165,7 @@ def _input(mode: BottleneckInput, hidden: Tensor, residual: Tensor) -> Tensor:
 
 
 _BottleneckAdd = Callable[[Tensor, Tensor, Tensor, Segments, BottleneckWeights, int, int], None]
-_IMPLEMENTATIONS: Final[Mapping[Backend, _BottleneckAdd]] = {Backend.REFERENCE: bottleneck_add_reference}
+_IMPLEMENTATIONS: Final[Mapping[Backend, _BottleneckAdd]] = {
+    Backend.REFERENCE: bottleneck_add_reference,
+    **native(cpu.bottleneck_add),
+}

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peftserve_kernels.cpu import elementwise as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 
 
@@ -29,4 +31,5 @@ def embedding_reference(ids: Tensor, table: Tensor) -> Tensor:
 
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Tensor], Tensor]]] = {
     Backend.REFERENCE: embedding_reference,
+    **native(cpu.embedding),
 }

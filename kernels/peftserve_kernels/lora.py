@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from peftserve_kernels.cpu import lora as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 from peftserve_kernels.rank_pages import read_rank_rows
 from peftserve_kernels.segments import Segments
@@ -62,9 +64,11 @@ class LoraWeights:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSlice:
-    """One module in the output of a (merged) linear layer: columns out_offset .. out_offset + out_features of y."""
+class LoraSlice(NamedTuple):
+    """One module in the output of a (merged) linear layer: columns out_offset .. out_offset + out_features of y.
+
+    A tuple, which the native kernel reads in this order.
+    """
 
     target: int
     in_features: int
@@ -111,4 +115,7 @@ def lora_add_reference(
 
 
 _LoraAdd = Callable[[Tensor, Tensor, Segments, LoraWeights, int, Sequence[LoraSlice]], None]
-_IMPLEMENTATIONS: Final[Mapping[Backend, _LoraAdd]] = {Backend.REFERENCE: lora_add_reference}
+_IMPLEMENTATIONS: Final[Mapping[Backend, _LoraAdd]] = {
+    Backend.REFERENCE: lora_add_reference,
+    **native(cpu.lora_add),
+}

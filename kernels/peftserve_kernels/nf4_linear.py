@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peftserve_kernels.dispatch import Backend, select
-from peftserve_kernels.nf4 import Nf4Weight, dequantize_nf4
+from peftserve_kernels.cpu import nf4_linear as cpu
+from peftserve_kernels.cpu.extension import native
+from peftserve_kernels.dispatch import Backend, backend_for, select
+from peftserve_kernels.nf4 import TILE_ROWS, Nf4Weight, dequantize_nf4
 
 # Weights dequantised at a time: 1 MiB in float32. They stay in a core's cache between the look-up and the product, and
 # the allocator serves such blocks without going back to the operating system (its page faults cost ten times the work).
@@ -23,7 +25,8 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
     """y = x W^T + bias, with W dequantised on the fly.
 
     x: float32, bfloat16 or float16 [M, K], M >= 0; weight: [N, K]; bias: [N] or None. Returns [M, N] in x's dtype.
-    Not in place. Accumulates in float32 and rounds once; with float32 x nothing is rounded to less than float32.
+    Not in place. Accumulates in float32 and rounds once; with float32 x nothing is rounded to less than float32, with
+    bfloat16 x an implementation may round the weights, or the levels of NF4, to bfloat16.
     Raises ValueError when the shapes do not fit.
     """
     rows, columns = weight.shape
@@ -34,12 +37,20 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
     return select(_IMPLEMENTATIONS, x.device)(x, weight, bias)
 
 
+def prepare_nf4(weight: Nf4Weight) -> Nf4Weight:
+    """`weight` in the layout that `nf4_linear` reads fastest on its device. Call it once, at load."""
+    device = weight.packed.device
+    is_native = backend_for(device) is Backend.CPU and Backend.CPU in _IMPLEMENTATIONS
+    return weight.tiled() if is_native and weight.shape[0] % TILE_ROWS == 0 else weight
+
+
 def nf4_linear_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
     """Dequantise a tile of rows, multiply, next tile: the whole weight never exists in full precision.
 
     bf16 inputs of more than a few rows are multiplied with weights rounded to bf16 (as bitsandbytes does), float32
     accumulation; everything else is computed in float32.
     """
+    weight = weight.row_major()
     rows, columns = weight.shape
     wide = x.dtype == torch.bfloat16 and x.shape[0] > _FLOAT32_MAX_ROWS
     compute = torch.bfloat16 if wide else torch.float32
@@ -56,4 +67,5 @@ def nf4_linear_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = Non
 
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Nf4Weight, Tensor | None], Tensor]]] = {
     Backend.REFERENCE: nf4_linear_reference,
+    **native(cpu.nf4_linear),
 }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peftserve_kernels.cpu import paged_attention as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 
 # A long prefill is cut into blocks of queries: each reads only the positions that it may see, and masks stay small.
@@ -214,4 +216,7 @@ def _group(
 
 
 _PagedAttention = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int | None], Tensor]
-_IMPLEMENTATIONS: Final[Mapping[Backend, _PagedAttention]] = {Backend.REFERENCE: paged_attention_reference}
+_IMPLEMENTATIONS: Final[Mapping[Backend, _PagedAttention]] = {
+    Backend.REFERENCE: paged_attention_reference,
+    **native(cpu.paged_attention),
+}

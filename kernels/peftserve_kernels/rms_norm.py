@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peftserve_kernels.cpu import elementwise as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 
 
@@ -28,4 +30,5 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.d
 
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Tensor, float, torch.dtype], Tensor]]] = {
     Backend.REFERENCE: rms_norm_reference,
+    **native(cpu.rms_norm),
 }

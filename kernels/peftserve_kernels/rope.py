@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peftserve_kernels.cpu import rope as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 
 
@@ -107,4 +109,7 @@ class _RopeAndStoreKv(Protocol):
     ) -> Tensor: ...
 
 
-_IMPLEMENTATIONS: Final[dict[Backend, _RopeAndStoreKv]] = {Backend.REFERENCE: rope_and_store_kv_reference}
+_IMPLEMENTATIONS: Final[dict[Backend, _RopeAndStoreKv]] = {
+    Backend.REFERENCE: rope_and_store_kv_reference,
+    **native(cpu.rope_and_store_kv),
+}

@@ -6,6 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from peftserve_kernels.cpu import sample as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 
 # Candidates looked at before the whole vocabulary is sorted: nearly every draw falls into the first few.
@@ -88,4 +90,7 @@ def _most_probable(logits: Tensor, width: int) -> Tensor:
 
 
 _Sample = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-_IMPLEMENTATIONS: Final[Mapping[Backend, _Sample]] = {Backend.REFERENCE: sample_reference}
+_IMPLEMENTATIONS: Final[Mapping[Backend, _Sample]] = {
+    Backend.REFERENCE: sample_reference,
+    **native(cpu.sample),
+}

@@ -6,6 +6,8 @@ from typing import Final
 from torch import Tensor
 from torch.nn import functional
 
+from peftserve_kernels.cpu import elementwise as cpu
+from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select
 
 
@@ -26,4 +28,7 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     return (functional.silu(gate.float()) * up).to(gate_up.dtype)
 
 
-_IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor], Tensor]]] = {Backend.REFERENCE: silu_mul_reference}
+_IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor], Tensor]]] = {
+    Backend.REFERENCE: silu_mul_reference,
+    **native(cpu.silu_mul),
+}

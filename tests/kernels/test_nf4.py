@@ -2,7 +2,7 @@ import bitsandbytes.functional
 import pytest
 import torch
 
-from peftserve_kernels import NF4_CODE, Nf4Weight, dequantize_nf4
+from peftserve_kernels import NF4_CODE, Nf4Layout, Nf4Weight, dequantize_nf4
 from tests.kernels.nf4_oracle import quantize
 
 
@@ -55,3 +55,35 @@ def test_faults() -> None:
         Nf4Weight.cat([Nf4Weight(packed, absmax), Nf4Weight(torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 2))])
     with pytest.raises(ValueError, match="same K"):
         Nf4Weight.cat([])
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (48, 192)])
+def test_tiles_hold_the_same_weight(shape: tuple[int, int]) -> None:
+    weight, oracle = quantize(torch.randn(shape))
+    tiled = weight.tiled()
+    assert tiled.layout is Nf4Layout.TILES
+    assert (tiled.shape, tiled.nbytes) == (weight.shape, weight.nbytes)
+    assert torch.equal(dequantize_nf4(tiled), oracle)
+    assert torch.equal(tiled.row_major().packed, weight.packed)
+    assert torch.equal(dequantize_nf4(Nf4Weight.cat([tiled, tiled])), torch.cat([oracle, oracle]))
+    assert torch.equal(dequantize_nf4(tiled.rows(0, 16)), oracle[:16])
+
+
+def test_the_order_of_bytes_in_a_tile() -> None:
+    weight, _ = quantize(torch.randn(32, 64))
+    words = weight.tiled().packed.view(torch.int32).view(2, 8, 16)
+    rows = weight.packed.view(torch.int32)
+    assert words[1, 3, 5] == rows[21, 3]
+
+
+def test_faults_of_tiles() -> None:
+    weight, _ = quantize(torch.randn(24, 64))
+    with pytest.raises(ValueError, match="multiple of 16, got 24"):
+        weight.tiled()
+    padded = weight.padded().tiled()
+    assert padded.shape == (32, 64)
+    assert not dequantize_nf4(padded)[24:].any()
+    with pytest.raises(ValueError, match="starts at a multiple of 16, got 8"):
+        padded.rows(8, 24)
+    with pytest.raises(ValueError, match="same K and layout"):
+        Nf4Weight.cat([padded, weight])

@@ -111,7 +111,7 @@ def test_half_precision_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
     packed, state = bnb.quantize_4bit(
         stored["model.layers.1.mlp.down_proj.weight"], blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    assert torch.equal(weights.layers[1].down.packed.flatten(), packed.flatten())
+    assert torch.equal(weights.layers[1].down.row_major().packed.flatten(), packed.flatten())
     assert state.dtype == dtype
 
 

@@ -9,6 +9,7 @@ from peftserve.model.checkpoint import Checkpoint
 from peftserve.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, has_bias, module_name
 from peftserve.model.spec import ModelSpec
 from peftserve_kernels.nf4 import Nf4Weight
+from peftserve_kernels.nf4_linear import prepare_nf4
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def _layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> LayerWeights:
 
     def matrix(*projections: str) -> Nf4Weight:
         parts = [checkpoint.nf4(f"{module_name(layer, p)}.weight") for p in projections]
-        return parts[0] if len(parts) == 1 else Nf4Weight.cat(parts)
+        return prepare_nf4(parts[0] if len(parts) == 1 else Nf4Weight.cat(parts))
 
     def bias(*projections: str) -> torch.Tensor | None:
         if not has_bias(spec, projections[0]):

@@ -1,0 +1,69 @@
+// Ops that treat rows alone: rms_norm, silu_mul, embedding.
+#include "dtypes.h"
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace peftserve::PEFTSERVE_ISA {
+
+void rms_norm(const RmsNorm& args) {
+  const std::int64_t size = args.columns;
+  with_type(args.dtype, [&](auto in) {
+    with_type(args.out_dtype, [&](auto out) {
+      const auto* x = static_cast<const typename decltype(in)::type*>(args.x);
+      auto* y = static_cast<typename decltype(out)::type*>(args.y);
+      parallel_ranges(team_size(args.threads, 4 * args.rows * size), args.rows, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+          const Vec factor = broadcast(inverse_rms(x + row * size, size, args.eps));
+          for_vectors(size, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+            const Vec scaled = mul(load_part(x + row * size + at, count), factor);
+            store_part(y + row * size + at, count, mul(scaled, load_part(args.weight + at, count)));
+          });
+        }
+      });
+    });
+  });
+}
+
+void silu_mul(const SiluMul& args) {
+  const std::int64_t size = args.columns;
+  with_type(args.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_ranges(team_size(args.threads, 16 * args.rows * size), args.rows, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        const T* gate = static_cast<const T*>(args.gate_up) + row * 2 * size;
+        T* y = static_cast<T*>(args.y) + row * size;
+        for_vectors(size, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+          const Vec g = load_part(gate + at, count);
+          const Vec silu = div(g, add(broadcast(1.0f), exp(sub(zero(), g))));
+          store_part(y + at, count, mul(silu, load_part(gate + size + at, count)));
+        });
+      }
+    });
+  });
+}
+
+bool embedding(const Embedding& args) {
+  const auto id = [&](std::int64_t row) {
+    return args.wide_ids ? static_cast<const std::int64_t*>(args.ids)[row]
+                         : std::int64_t{static_cast<const std::int32_t*>(args.ids)[row]};
+  };
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    if (id(row) < 0 || id(row) >= args.entries) return false;
+  }
+  with_type(args.dtype, [&](auto type) {
+    const auto* table = static_cast<const typename decltype(type)::type*>(args.table);
+    parallel_ranges(team_size(args.threads, args.rows * args.columns), args.rows, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        const auto* entry = table + id(row) * args.columns;
+        for_vectors(args.columns, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+          store_part(args.y + row * args.columns + at, count, load_part(entry + at, count));
+        });
+      }
+    });
+  });
+  return true;
+}
+
+}  // namespace peftserve::PEFTSERVE_ISA

@@ -1,0 +1,19 @@
+// The kernels of the instruction set that this file is compiled for.
+#pragma once
+
+#include "ops.h"
+
+namespace peftserve::PEFTSERVE_ISA {
+
+void nf4_linear(const Nf4Linear& args);
+void linear_logits(const LinearLogits& args);
+void rms_norm(const RmsNorm& args);
+void silu_mul(const SiluMul& args);
+bool embedding(const Embedding& args);
+void rope_and_store_kv(const RopeAndStoreKv& args);
+void paged_attention(const PagedAttention& args);
+void lora_add(const LoraAdd& args);
+void bottleneck_add(const BottleneckAdd& args);
+void sample(const Sample& args);
+
+}  // namespace peftserve::PEFTSERVE_ISA

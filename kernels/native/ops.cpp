@@ -1,0 +1,21 @@
+// Compiled once for each instruction set: its table.
+#include "ops.h"
+
+#include "kernels.h"
+
+namespace peftserve::PEFTSERVE_ISA {
+
+const Ops kOps{
+    .nf4_linear = nf4_linear,
+    .linear_logits = linear_logits,
+    .rms_norm = rms_norm,
+    .silu_mul = silu_mul,
+    .embedding = embedding,
+    .rope_and_store_kv = rope_and_store_kv,
+    .paged_attention = paged_attention,
+    .lora_add = lora_add,
+    .bottleneck_add = bottleneck_add,
+    .sample = sample,
+};
+
+}  // namespace peftserve::PEFTSERVE_ISA

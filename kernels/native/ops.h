@@ -1,0 +1,164 @@
+// The native ops: arguments as plain pointers and sizes, and one table of functions for each instruction set.
+//
+// Matrices are row-major and contiguous unless a stride is given (in elements). `threads` is the size of the team.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace peftserve {
+
+struct Nf4Linear {
+  const void* x;                // [rows, columns] of `dtype`
+  void* y;                      // [rows, outputs] of `dtype`
+  const std::uint32_t* packed;  // [ceil(outputs / 16)][columns / 8][16] words of eight nibbles
+  const float* absmax;          // [ceil(outputs / 16)][columns / 64][16]
+  const float* bias;            // [outputs] or null
+  Dtype dtype;
+  std::int64_t rows, columns, outputs;
+  int threads;
+};
+
+struct LinearLogits {
+  const void* x;       // [rows, columns] of `x_dtype`
+  const void* weight;  // [outputs, columns] of `weight_dtype`
+  float* y;            // [rows, outputs]
+  Dtype x_dtype, weight_dtype;
+  std::int64_t rows, columns, outputs;
+  int threads;
+};
+
+struct RmsNorm {
+  const void* x;        // [rows, columns] of `dtype`
+  const float* weight;  // [columns]
+  void* y;              // [rows, columns] of `out_dtype`
+  Dtype dtype, out_dtype;
+  std::int64_t rows, columns;
+  float eps;
+  int threads;
+};
+
+struct SiluMul {
+  const void* gate_up;  // [rows, 2 columns] of `dtype`
+  void* y;              // [rows, columns] of `dtype`
+  Dtype dtype;
+  std::int64_t rows, columns;
+  int threads;
+};
+
+struct Embedding {
+  const void* ids;    // [rows], int64 if `wide_ids`, else int32
+  const void* table;  // [entries, columns] of `dtype`
+  float* y;           // [rows, columns]
+  bool wide_ids;
+  Dtype dtype;
+  std::int64_t rows, entries, columns;
+  int threads;
+};
+
+struct RopeAndStoreKv {
+  const void* qkv;            // [rows, (num_heads + 2 num_kv_heads) head_dim] of `dtype`
+  const float* cos_sin;       // [rows, head_dim] or null
+  void* k_cache;              // [pages, num_kv_heads, page_size, head_dim] of `cache_dtype`
+  void* v_cache;              // the same
+  const std::int64_t* slots;  // [rows]
+  void* q;                    // [rows, num_heads, head_dim] of `dtype`
+  const float* q_norm;        // [head_dim] or null
+  const float* k_norm;        // [head_dim] or null
+  Dtype dtype, cache_dtype;
+  std::int64_t rows, num_heads, num_kv_heads, head_dim, page_size;
+  float eps;
+  int threads;
+};
+
+struct PagedAttention {
+  const void* q;                    // [tokens, num_heads, head_dim] of `dtype`
+  void* out;                        // [tokens, num_heads, head_dim] of `dtype`
+  const void* k_cache;              // [pages, num_kv_heads, page_size, head_dim] of `cache_dtype`
+  const void* v_cache;              // the same
+  const std::int32_t* block_tables; // [sequences, max_blocks]
+  const std::int32_t* query_start;  // [sequences + 1]
+  const std::int32_t* context_len;  // [sequences]
+  Dtype dtype, cache_dtype;
+  std::int64_t tokens, sequences, max_blocks, num_heads, num_kv_heads, head_dim, page_size;
+  std::int64_t window;  // 0 for none
+  float scale;
+  int threads;
+};
+
+struct LoraAdd {
+  struct Slice {
+    std::int64_t target, offset, outputs;
+  };
+  void* y;                     // [tokens, y_stride] of `dtype`
+  const void* x;               // [tokens, columns] of `dtype`
+  const std::int32_t* start;   // [segments + 1]
+  const std::int32_t* slot;    // [segments]
+  const void* arena;           // of `arena_dtype`
+  const std::int32_t* rank;    // [slots, layers, targets]
+  const float* scale;          // the same
+  const std::int64_t* a_page;  // [slots, layers, targets, pages]
+  const std::int64_t* b_page;  // the same
+  const Slice* slice;          // [slices]
+  Dtype dtype, arena_dtype;
+  std::int64_t tokens, columns, y_stride, segments, slices, layer, layers, targets, pages;
+  int threads;
+};
+
+struct BottleneckAdd {
+  float* stream;                   // [tokens, columns]
+  const void* hidden;              // [tokens, columns] of `dtype`
+  const float* residual;           // [tokens, columns]
+  const std::int32_t* start;       // [segments + 1]
+  const std::int32_t* slot;        // [segments]
+  const void* arena;               // of `arena_dtype`
+  const std::int32_t* width;       // [slots, layers, 2]
+  const float* scale;              // the same
+  const std::int64_t* down_page;   // [slots, layers, 2, pages]
+  const std::int64_t* up_page;     // the same
+  const std::int64_t* down_bias;   // [slots, layers, 2]
+  const std::int64_t* up_bias;     // the same
+  const std::int32_t* activation;  // [slots]
+  const std::int32_t* input_mode;  // [slots]
+  Dtype dtype, arena_dtype;
+  std::int64_t tokens, columns, segments, layer, site, layers, pages;
+  int threads;
+};
+
+struct Sample {
+  const float* logits;        // [rows, vocab]
+  const float* temperature;   // [rows], and so are the others
+  const std::int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const double* uniform;
+  std::int64_t* ids;
+  std::int64_t rows, vocab;
+  int threads;
+};
+
+struct Ops {
+  void (*nf4_linear)(const Nf4Linear&);
+  void (*linear_logits)(const LinearLogits&);
+  void (*rms_norm)(const RmsNorm&);
+  void (*silu_mul)(const SiluMul&);
+  bool (*embedding)(const Embedding&);  // false, and nothing written, for an id outside the table
+  void (*rope_and_store_kv)(const RopeAndStoreKv&);
+  void (*paged_attention)(const PagedAttention&);
+  void (*lora_add)(const LoraAdd&);
+  void (*bottleneck_add)(const BottleneckAdd&);
+  void (*sample)(const Sample&);
+};
+
+namespace avx512_bf16 {
+extern const Ops kOps;
+}
+namespace avx2 {
+extern const Ops kOps;
+}
+namespace portable {
+extern const Ops kOps;
+}
+
+}  // namespace peftserve

@@ -1,0 +1,390 @@
+// Attention over pages with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
+//
+// A task is a block of queries of one sequence with all heads that share one KV head. It goes over the keys in blocks of
+// 64 positions counted from position 0 of the sequence. For each block: keys transposed, so that lanes are keys; scores,
+// one chain over head_dim a key; maximum and sum of the block, folded into the row's; values added in ascending order of
+// position. None of this depends on which queries are in the task, so a row has the same bits in a whole prefill, in
+// any chunk of it and as a decode step. Positions that no row of a task sees are never read: pages hold anything there.
+#include "dense.h"
+#include "dtypes.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "widen.h"
+
+namespace peftserve::PEFTSERVE_ISA {
+namespace {
+
+constexpr int kKeys = 64;                    // positions in a block
+constexpr int kKeyVectors = kKeys / kLanes;  // vectors of scores a row
+constexpr int kPass = 4;                     // vectors of keys, or of a value, side by side in registers
+constexpr std::int64_t kTaskRows = 64;       // rows (queries x heads) a task, unless one query has more
+constexpr float kInfinity = __builtin_inff();
+
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+constexpr int kTile = 4;  // rows side by side in registers
+#else
+constexpr int kTile = 2;
+#endif
+
+struct Task {
+  std::int64_t token;     // of the flat batch, the first query's
+  std::int64_t position;  // of that query in its sequence
+  std::int64_t queries;
+  std::int64_t sequence;
+  std::int64_t kv_head;
+};
+
+// Positions first .. end of a block.
+struct Range {
+  int first, end;
+  bool empty() const { return first >= end; }
+};
+
+// Which of the positions first .. end lie in the block that begins at `block`.
+Range within(std::int64_t block, std::int64_t first, std::int64_t end) {
+  const auto clamp = [](std::int64_t x) { return static_cast<int>(x < 0 ? 0 : x > kKeys ? kKeys : x); };
+  return {clamp(first - block), clamp(end - block)};
+}
+
+// How many lanes of a vector `count` values fill.
+int lanes_of(std::int64_t count) { return count < kLanes ? static_cast<int>(count) : kLanes; }
+
+// One head of one query as units.
+void pack_query(FloatDot, const void* q, Dtype dtype, std::int64_t at, std::int64_t columns, std::uint32_t* units) {
+  with_type(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    widen_row(static_cast<const T*>(q) + at, columns, reinterpret_cast<float*>(units));
+  });
+}
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+void pack_query(PairDot, const void* q, Dtype, std::int64_t at, std::int64_t columns, std::uint32_t* units) {
+  std::memcpy(units, static_cast<const Bf16*>(q) + at, static_cast<std::size_t>(columns) * sizeof(Bf16));
+}
+#endif
+
+template <class Dot, class T>
+class Attention {
+ public:
+  explicit Attention(const PagedAttention& args)
+      : args_(args),
+        k_(static_cast<const T*>(args.k_cache)),
+        v_(static_cast<const T*>(args.v_cache)),
+        shared_(args.num_heads / args.num_kv_heads),
+        units_(args.head_dim / Dot::kColumns),
+        unit_stride_((units_ + kLanes - 1) / kLanes * kLanes),
+        sum_stride_((args.head_dim + kLanes - 1) / kLanes * kLanes) {
+    for (int i = 0; i < kKeys; ++i) positions_[i] = static_cast<float>(i);
+  }
+
+  void run() const {
+    const std::int64_t block = kTaskRows > shared_ ? kTaskRows / shared_ : 1;
+    std::int64_t count = 0;
+    for (std::int64_t s = 0; s < args_.sequences; ++s) count += (queries(s) + block - 1) / block * args_.num_kv_heads;
+    static thread_local Scratch plan;
+    auto* tasks = static_cast<Task*>(plan.reserve(static_cast<std::size_t>(count) * sizeof(Task)));
+    std::int64_t at = 0, seen = 0;
+    for (std::int64_t s = 0; s < args_.sequences; ++s) {
+      const std::int64_t before = args_.context_len[s] - queries(s);
+      for (std::int64_t query = 0; query < queries(s); query += block) {
+        const std::int64_t length = queries(s) - query < block ? queries(s) - query : block;
+        seen += length * (before + query + length);
+        for (std::int64_t head = 0; head < args_.num_kv_heads; ++head) {
+          tasks[at++] = {args_.query_start[s] + query, before + query, length, s, head};
+        }
+      }
+    }
+    const int team = team_size(args_.threads, 2 * seen * args_.num_heads * args_.head_dim);
+    parallel_tasks(team, count, [&](std::int64_t index) { attend(tasks[index]); });
+  }
+
+ private:
+  // What a thread works in: the rows of a task, the keys of a block, and where its values lie.
+  struct Memory {
+    std::uint32_t* keys;     // [unit][kKeys]
+    std::uint32_t* queries;  // [rows][unit_stride]
+    float* sums;             // [rows][sum_stride], of weights x values
+    float* maximum;          // [rows], of scores
+    float* total;            // [rows], of weights
+    const T* values[kKeys];
+  };
+
+  std::int64_t queries(std::int64_t s) const { return args_.query_start[s + 1] - args_.query_start[s]; }
+
+  Memory memory(std::int64_t rows) const {
+    const std::int64_t keys = unit_stride_ * kKeys, queries = rows * unit_stride_, sums = rows * sum_stride_;
+    Memory work;
+    work.keys = scratch<std::uint32_t>(static_cast<std::size_t>(keys + queries + sums + 2 * rows));
+    work.queries = work.keys + keys;
+    work.sums = reinterpret_cast<float*>(work.queries + queries);
+    work.maximum = work.sums + sums;
+    work.total = work.maximum + rows;
+    return work;
+  }
+
+  // Where the head of a row lies in q and out.
+  std::int64_t offset(const Task& task, std::int64_t row) const {
+    return ((task.token + row / shared_) * args_.num_heads + task.kv_head * shared_ + row % shared_) * args_.head_dim;
+  }
+
+  // Where a position lies in the caches.
+  std::int64_t entry(const Task& task, std::int64_t page, std::int64_t in_page) const {
+    const std::int64_t id = args_.block_tables[task.sequence * args_.max_blocks + page];
+    return ((id * args_.num_kv_heads + task.kv_head) * args_.page_size + in_page) * args_.head_dim;
+  }
+
+  std::int64_t first_seen(std::int64_t position) const {
+    return args_.window > 0 && position >= args_.window ? position - args_.window + 1 : 0;
+  }
+
+  void attend(const Task& task) const {
+    const std::int64_t rows = task.queries * shared_;
+    Memory work = memory(rows);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      pack_query(Dot{}, args_.q, args_.dtype, offset(task, row), args_.head_dim, work.queries + row * unit_stride_);
+      work.maximum[row] = -kInfinity;
+      work.total[row] = 0.0f;
+    }
+    std::memset(work.sums, 0, static_cast<std::size_t>(rows * sum_stride_) * sizeof(float));
+
+    const std::int64_t first = first_seen(task.position), end = task.position + task.queries;
+    for (std::int64_t block = first / kKeys * kKeys; block < end; block += kKeys) {
+      prefetch(task, block + kKeys, end);
+      read_block(task, block, within(block, first, end), work);
+      std::int64_t row = 0;
+      for (; row + kTile <= rows; row += kTile) tile<kTile>(task, block, row, work);
+      last_rows<kTile - 1>(task, block, row, rows, work);
+    }
+    with_type(args_.dtype, [&](auto element) {
+      finish(static_cast<typename decltype(element)::type*>(args_.out), task, rows, work);
+    });
+  }
+
+  template <int kRows>
+  void last_rows(const Task& task, std::int64_t block, std::int64_t row, std::int64_t rows, const Memory& work) const {
+    if constexpr (kRows > 0) {
+      if (rows - row == kRows) {
+        tile<kRows>(task, block, row, work);
+      } else {
+        last_rows<kRows - 1>(task, block, row, rows, work);
+      }
+    }
+  }
+
+  // Asks for the keys and values of a block: pages lie anywhere, which the processor does not foresee.
+  void prefetch(const Task& task, std::int64_t block, std::int64_t end) const {
+    const std::int64_t last = block + kKeys < end ? block + kKeys : end;
+    for (std::int64_t at = block; at < last;) {
+      const std::int64_t page = at / args_.page_size, in_page = at % args_.page_size;
+      const std::int64_t here = args_.page_size - in_page < last - at ? args_.page_size - in_page : last - at;
+      const std::int64_t from = entry(task, page, in_page), count = here * args_.head_dim;
+      for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(64 / sizeof(T))) {
+        __builtin_prefetch(k_ + from + i);
+        __builtin_prefetch(v_ + from + i);
+      }
+      at += here;
+    }
+  }
+
+  // Transposes the keys of the positions `read`, zeros for the others, and notes where the values lie.
+  void read_block(const Task& task, std::int64_t block, Range read, Memory& work) const {
+    const T* keys[kKeys] = {};
+    std::int64_t page = (block + read.first) / args_.page_size, in_page = (block + read.first) % args_.page_size;
+    for (int j = read.first; j < read.end; ++j) {
+      const std::int64_t from = entry(task, page, in_page);
+      keys[j] = k_ + from;
+      work.values[j] = v_ + from;
+      if (++in_page == args_.page_size) {
+        in_page = 0;
+        ++page;
+      }
+    }
+    for (int group = 0; group < kKeys; group += kLanes) {
+      const bool seen = group + kLanes > read.first && group < read.end;
+      for (std::int64_t unit = 0; unit < units_; unit += kLanes) {
+        Vec square[kLanes];
+        const int count = lanes_of(units_ - unit);
+        for (int i = 0; i < kLanes; ++i) {
+          const T* key = keys[group + i];
+          square[i] = key == nullptr ? zero() : load_units(Dot{}, key, unit, count);
+        }
+        if (seen) transpose(square);
+        float* to = reinterpret_cast<float*>(work.keys + unit * kKeys + group);
+        for (int i = 0; i < kLanes; ++i) store(to + i * kKeys, square[i]);
+      }
+    }
+  }
+
+  template <int kRows>
+  void tile(const Task& task, std::int64_t block, std::int64_t row, const Memory& work) const {
+    Range seen[kRows];
+    Range common{0, kKeys};
+    bool any = false;
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t position = task.position + (row + r) / shared_;
+      seen[r] = within(block, first_seen(position), position + 1);
+      any = any || !seen[r].empty();
+      common.first = seen[r].first > common.first ? seen[r].first : common.first;
+      common.end = seen[r].end < common.end ? seen[r].end : common.end;
+    }
+    if (!any) return;
+    alignas(64) float weights[kRows][kKeys];
+    score<kRows>(work.queries + row * unit_stride_, work.keys, weights);
+    for (int r = 0; r < kRows; ++r) {
+      if (!seen[r].empty()) soften(weights[r], seen[r], row + r, work);
+    }
+    // Most blocks are seen whole by all rows; at the ends each row has its own positions besides the common ones.
+    float* sums = work.sums + row * sum_stride_;
+    if (common.empty()) common.first = common.end = kKeys;
+    for (int r = 0; r < kRows; ++r) {
+      const int end = common.first < seen[r].end ? common.first : seen[r].end;
+      add_values<1>(weights + r, {seen[r].first, end}, work.values, sums + r * sum_stride_);
+    }
+    add_values<kRows>(weights, common, work.values, sums);
+    for (int r = 0; r < kRows; ++r) {
+      add_values<1>(weights + r, {common.end, seen[r].end}, work.values, sums + r * sum_stride_);
+    }
+  }
+
+  // scores[r][j] = q[r] . k[j]
+  template <int kRows>
+  void score(const std::uint32_t* q, const std::uint32_t* keys, float (&scores)[kRows][kKeys]) const {
+    constexpr int kCount = kRows * kPass;
+    for (int group = 0; group < kKeys; group += kPass * kLanes) {
+      Vec dots[kRows][kPass];
+      unroll<kCount>([&](auto i) __attribute__((always_inline)) { dots[i.value / kPass][i.value % kPass] = zero(); });
+      for (std::int64_t unit = 0; unit < units_; ++unit) {
+        typename Dot::Weights k[kPass];
+        unroll<kPass>([&](auto v) __attribute__((always_inline)) {
+          k[v.value] = Dot::read(keys + unit * kKeys + group + v.value * kLanes);
+        });
+        unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+          const auto x = Dot::broadcast(q + r.value * unit_stride_ + unit);
+          unroll<kPass>([&](auto v) __attribute__((always_inline)) {
+            dots[r.value][v.value] = Dot::dot(dots[r.value][v.value], k[v.value], x);
+          });
+        });
+      }
+      unroll<kCount>([&](auto i) __attribute__((always_inline)) {
+        store(scores[i.value / kPass] + group + i.value % kPass * kLanes, dots[i.value / kPass][i.value % kPass]);
+      });
+    }
+  }
+
+  // Scores to weights e^(scale score - maximum), 0 where the row does not see; what it has so far is rescaled.
+  void soften(float* scores, Range seen, std::int64_t row, const Memory& work) const {
+    Vec x[kKeyVectors];
+    for (int v = 0; v < kKeyVectors; ++v) x[v] = mul(load(scores + v * kLanes), broadcast(args_.scale));
+    if (seen.first > 0 || seen.end < kKeys) {
+      const Vec hidden = broadcast(-kInfinity);
+      const Vec first = broadcast(static_cast<float>(seen.first)), end = broadcast(static_cast<float>(seen.end));
+      for (int v = 0; v < kKeyVectors; ++v) {
+        const Vec position = load(positions_ + v * kLanes);
+        x[v] = select_greater(first, position, hidden, select_greater(end, position, x[v], hidden));
+      }
+    }
+    Vec largest = x[0];
+    for (int v = 1; v < kKeyVectors; ++v) largest = max(largest, x[v]);
+    const float before = work.maximum[row], here = peftserve::PEFTSERVE_ISA::maximum(largest);
+    const float now = here > before ? here : before;
+    Vec weight = zero();
+    for (int v = 0; v < kKeyVectors; ++v) {
+      x[v] = exp(sub(x[v], broadcast(now)));
+      weight = add(weight, x[v]);
+      store(scores + v * kLanes, x[v]);
+    }
+    if (now > before) {
+      const Vec factor = exp(broadcast(before - now));
+      float* sums = work.sums + row * sum_stride_;
+      for (std::int64_t i = 0; i < sum_stride_; i += kLanes) store(sums + i, mul(load(sums + i), factor));
+      work.total[row] *= factor[0];
+      work.maximum[row] = now;
+    }
+    work.total[row] += sum(weight);
+  }
+
+  // sums[r] += weights[r][j] * v[j], j ascending
+  template <int kRows>
+  void add_values(const float (*weights)[kKeys], Range range, const T* const* values, float* sums) const {
+    if (range.empty()) return;
+    std::int64_t column = 0;
+    for (; column + kPass * kLanes <= args_.head_dim; column += kPass * kLanes) {
+      add_columns<kRows, kPass>(weights, range, values, column, kLanes, sums + column);
+    }
+    for (; column < args_.head_dim; column += kLanes) {
+      add_columns<kRows, 1>(weights, range, values, column, lanes_of(args_.head_dim - column), sums + column);
+    }
+  }
+
+  // kCount vectors of columns from `column` on, `lanes` of them each.
+  template <int kRows, int kCount>
+  void add_columns(const float (*weights)[kKeys], Range range, const T* const* values, std::int64_t column, int lanes,
+                   float* sums) const {
+    Vec sum[kRows][kCount];
+    unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
+      constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
+      sum[kRow][kVector] = load(sums + kRow * sum_stride_ + kVector * kLanes);
+    });
+    for (int j = range.first; j < range.end; ++j) {
+      Vec value[kCount];
+      unroll<kCount>([&](auto v) __attribute__((always_inline)) {
+        const T* from = values[j] + column + v.value * kLanes;
+        value[v.value] = kCount == 1 ? load_part(from, lanes) : load(from);
+      });
+      unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+        const Vec weight = broadcast(weights[r.value][j]);
+        unroll<kCount>([&](auto v) __attribute__((always_inline)) {
+          sum[r.value][v.value] = fma(weight, value[v.value], sum[r.value][v.value]);
+        });
+      });
+    }
+    unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
+      constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
+      store(sums + kRow * sum_stride_ + kVector * kLanes, sum[kRow][kVector]);
+    });
+  }
+
+  template <class Out>
+  void finish(Out* out, const Task& task, std::int64_t rows, const Memory& work) const {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const Vec total = broadcast(work.total[row]);
+      const float* sums = work.sums + row * sum_stride_;
+      Out* to = out + offset(task, row);
+      for_vectors(args_.head_dim, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+        store_part(to + at, count, div(load(sums + at), total));
+      });
+    }
+  }
+
+  const PagedAttention& args_;
+  const T* k_;
+  const T* v_;
+  std::int64_t shared_;       // heads that read one KV head
+  std::int64_t units_;        // 32-bit operands a head
+  std::int64_t unit_stride_;  // room for them, in whole vectors
+  std::int64_t sum_stride_;
+  alignas(64) float positions_[kKeys];  // 0, 1, 2, ...
+};
+
+}  // namespace
+
+void paged_attention(const PagedAttention& args) {
+  const std::int64_t row = args.num_heads * args.head_dim, used = args.query_start[args.sequences];
+  with_type(args.dtype, [&](auto element) {
+    using Out = typename decltype(element)::type;
+    const auto padding = static_cast<std::size_t>((args.tokens - used) * row);
+    std::memset(static_cast<Out*>(args.out) + used * row, 0, padding * sizeof(Out));
+  });
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+  if (args.dtype == Dtype::kBfloat16 && args.cache_dtype == Dtype::kBfloat16 && args.head_dim % 2 == 0) {
+    return Attention<PairDot, Bf16>(args).run();
+  }
+#endif
+  with_type(args.cache_dtype, [&](auto element) {
+    Attention<FloatDot, typename decltype(element)::type>(args).run();
+  });
+}
+
+}  // namespace peftserve::PEFTSERVE_ISA

@@ -1,0 +1,18 @@
+// Element types as they lie in tensors, and what Python calls them.
+#pragma once
+
+#include <cstdint>
+
+namespace peftserve {
+
+enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+
+struct Half {
+  std::uint16_t bits;
+};
+
+}  // namespace peftserve

@@ -1,0 +1,35 @@
+"""nf4_linear in C++: the weight is decoded in registers, or once a tile, and never exists as a whole."""
+
+import torch
+from torch import Tensor
+
+from peftserve_kernels.cpu.extension import DTYPES, address, ops
+from peftserve_kernels.nf4 import Nf4Layout, Nf4Weight
+
+
+def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
+    """See `peftserve_kernels.nf4_linear`. A weight in rows is tiled first, at each call: tile it once at load.
+
+    With bf16 activations on AVX-512 the sixteen levels are bf16 and products are summed in float32, block by block;
+    elsewhere everything is float32. The bits of a row of y depend on that row of x alone.
+    """
+    rows, (outputs, columns) = x.shape[0], weight.shape
+    if weight.layout is not Nf4Layout.TILES:
+        weight = weight.padded().tiled()
+    x = x.contiguous()
+    y = torch.empty((rows, outputs), dtype=x.dtype)
+    if bias is not None:
+        bias = bias.float().contiguous()
+    ops.nf4_linear(
+        x.data_ptr(),
+        y.data_ptr(),
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        address(bias),
+        DTYPES[x.dtype],
+        rows,
+        columns,
+        outputs,
+        torch.get_num_threads(),
+    )
+    return y
