@@ -34,7 +34,7 @@ async def test_readiness(client: httpx.AsyncClient, world: World, path: str) -> 
     assert (await client.get("/livez")).status_code == 200
 
 
-async def test_keys_guard_every_route_but_the_probes(make: MakeWorld) -> None:
+async def test_keys_guard_every_route_but_the_probes_and_the_dashboard(make: MakeWorld) -> None:
     async with client_of(make(api_keys=KEYS)) as client:
         open_routes = set()
         for path, method in [(e.path.replace("{adapter_id}", "x"), e.method) for e in ENDPOINTS] + [
@@ -47,7 +47,7 @@ async def test_keys_guard_every_route_but_the_probes(make: MakeWorld) -> None:
                 assert responses.ErrorAnswer.model_validate(response.json()).error.code == "unauthenticated"
             else:
                 open_routes.add(path)
-        assert open_routes == {"/livez", "/readyz", "/health"}
+        assert open_routes == {"/livez", "/readyz", "/health", "/dashboard", "/dashboard/grafana.json"}
 
 
 async def test_the_key_decides_the_tenant(make: MakeWorld) -> None:
