@@ -14,7 +14,20 @@ struct Task {
 
 // The numbers of `Activation` in peftserve_kernels/activation.py.
 enum class Activation : std::int32_t {
-  kLinear, kRelu, kGelu, kGeluTanh, kGelu10, kQuickGelu, kSilu, kLeakyRelu, kRelu2, kRelu6, kSigmoid, kTanh, kMish, kLaplace
+  kLinear,
+  kRelu,
+  kGelu,
+  kGeluTanh,
+  kGelu10,
+  kQuickGelu,
+  kSilu,
+  kLeakyRelu,
+  kRelu2,
+  kRelu6,
+  kSigmoid,
+  kTanh,
+  kMish,
+  kLaplace,
 };
 
 // The numbers of `BottleneckInput` in peftserve_kernels/bottleneck.py.
@@ -102,10 +115,11 @@ class Bottleneck {
     const Vec scale = broadcast(args_.scale[at]);
     const W* up_bias = arena_ + args_.up_bias[at];
     float* stream = args_.stream + task.token * columns;
-    expand(t, task.tokens, up, [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
+    const auto add_to = [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
       float* to = stream + m * columns + column;
       store_part(to, count, fma(scale, add(load_part(up_bias + column, count), delta), load_part(to, count)));
-    });
+    };
+    expand(t, task.tokens, up, add_to);
   }
 
   void read_input(Input mode, std::int64_t first, std::int64_t count, float* z) const {

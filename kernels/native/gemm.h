@@ -91,8 +91,10 @@ struct Totals {
 //
 // Source: `prepare<kVectorCount>(cell)` reads what a cell needs, `weights<step>(prepared, vector, cell)` is a vector of
 // weights of Dot, `finish(vector, block_sum, total)` the new total.
+//
+// Never inlined: one copy serves the element types of x and y, and compiles once.
 template <class Dot, int kRows, int kGroups, class Source>
-inline void multiply_block(const Source& source, const std::uint32_t* x, float* totals, std::ptrdiff_t stride) {
+[[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals, std::ptrdiff_t stride) {
   constexpr int kCount = kGroups * kVectors;
   Vec sums[kRows][kCount];
   unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) { sums[i.value / kCount][i.value % kCount] = zero(); });

@@ -71,11 +71,8 @@ void linear_logits(const LinearLogits& args) {
     return product<PairDot, Bf16, Bf16>(args);
   }
 #endif
-  with_type(args.x_dtype, [&](auto x) {
-    with_type(args.weight_dtype, [&](auto weight) {
-      product<FloatDot, typename decltype(x)::type, typename decltype(weight)::type>(args);
-    });
-  });
+  if (args.x_dtype == Dtype::kBfloat16) return product<FloatDot, Bf16, Bf16>(args);
+  with_type(args.weight_dtype, [&](auto weight) { product<FloatDot, float, typename decltype(weight)::type>(args); });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

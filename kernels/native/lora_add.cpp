@@ -50,10 +50,11 @@ class Update {
     shrink_inputs(task, a, t, t + task.tokens * rank);
     const Vec scale = broadcast(args_.scale[task.table]);
     T* y = y_ + task.token * args_.y_stride + piece.offset;
-    expand(t, task.tokens, b, [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
+    const auto add_to = [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
       T* to = y + m * args_.y_stride + column;
       store_part(to, count, fma(scale, delta, load_part(to, count)));
-    });
+    };
+    expand(t, task.tokens, b, add_to);
   }
 
   void shrink_inputs(const Task& task, const Factor<W>& a, float* t, float* wide) const {
@@ -78,7 +79,9 @@ class Update {
 
 void lora_add(const LoraAdd& args) {
   with_type(args.dtype, [&](auto element) {
-    with_type(args.arena_dtype, [&](auto weight) { Update<typename decltype(element)::type, typename decltype(weight)::type>(args).run(); });
+    with_type(args.arena_dtype, [&](auto weight) {
+      Update<typename decltype(element)::type, typename decltype(weight)::type>(args).run();
+    });
   });
 }
 

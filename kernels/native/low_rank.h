@@ -5,8 +5,8 @@
 #pragma once
 
 #include "dtypes.h"
-#include "gemm.h"
 #include "scratch.h"
+#include "unroll.h"
 #include "widen.h"
 
 namespace peftserve::PEFTSERVE_ISA {

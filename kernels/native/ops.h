@@ -21,7 +21,7 @@ struct Nf4Linear {
 };
 
 struct LinearLogits {
-  const void* x;       // [rows, columns] of `x_dtype`
+  const void* x;       // [rows, columns] of `x_dtype`: float32, or bfloat16 if the weight is bfloat16
   const void* weight;  // [outputs, columns] of `weight_dtype`
   float* y;            // [rows, outputs]
   Dtype x_dtype, weight_dtype;

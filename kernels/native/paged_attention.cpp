@@ -1,10 +1,13 @@
 // Attention over pages with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
 //
-// A task is a block of queries of one sequence with all heads that share one KV head. It goes over the keys in blocks of
-// 64 positions counted from position 0 of the sequence. For each block: keys transposed, so that lanes are keys; scores,
-// one chain over head_dim a key; maximum and sum of the block, folded into the row's; values added in ascending order of
-// position. None of this depends on which queries are in the task, so a row has the same bits in a whole prefill, in
-// any chunk of it and as a decode step. Positions that no row of a task sees are never read: pages hold anything there.
+// A task is a block of queries of one sequence with all heads that share one KV head. It goes over the keys in blocks
+// of 64 positions counted from position 0 of the sequence. For each block: keys transposed, so that lanes are keys;
+// scores, one chain over head_dim a key; maximum and sum of the block, folded into the row's; values added in ascending
+// order of position. None of this depends on which queries are in the task, so a row has the same bits in a whole
+// prefill, in any chunk of it and as a decode step. Positions that no row of a task sees are never read: pages hold
+// anything there.
+#include <cstring>
+
 #include "dense.h"
 #include "dtypes.h"
 #include "gemm.h"
@@ -12,6 +15,7 @@
 #include "math.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "unroll.h"
 #include "widen.h"
 
 namespace peftserve::PEFTSERVE_ISA {
@@ -151,8 +155,9 @@ class Attention {
 
     const std::int64_t first = first_seen(task.position), end = task.position + task.queries;
     for (std::int64_t block = first / kKeys * kKeys; block < end; block += kKeys) {
-      prefetch(task, block + kKeys, end);
+      prefetch(k_, task, block + kKeys, end);
       read_block(task, block, within(block, first, end), work);
+      prefetch(v_, task, block + kKeys, end);
       std::int64_t row = 0;
       for (; row + kTile <= rows; row += kTile) tile<kTile>(task, block, row, work);
       last_rows<kTile - 1>(task, block, row, rows, work);
@@ -173,17 +178,15 @@ class Attention {
     }
   }
 
-  // Asks for the keys and values of a block: pages lie anywhere, which the processor does not foresee.
-  void prefetch(const Task& task, std::int64_t block, std::int64_t end) const {
+  // Asks for the keys or the values of a block: pages lie anywhere, which the processor does not foresee. Inlined,
+  // since GCC takes a function that only prefetches for one without effect.
+  [[gnu::always_inline]] void prefetch(const T* cache, const Task& task, std::int64_t block, std::int64_t end) const {
     const std::int64_t last = block + kKeys < end ? block + kKeys : end;
     for (std::int64_t at = block; at < last;) {
       const std::int64_t page = at / args_.page_size, in_page = at % args_.page_size;
       const std::int64_t here = args_.page_size - in_page < last - at ? args_.page_size - in_page : last - at;
-      const std::int64_t from = entry(task, page, in_page), count = here * args_.head_dim;
-      for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(64 / sizeof(T))) {
-        __builtin_prefetch(k_ + from + i);
-        __builtin_prefetch(v_ + from + i);
-      }
+      const T* from = cache + entry(task, page, in_page);
+      for (std::int64_t i = 0; i < here * args_.head_dim; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
       at += here;
     }
   }

@@ -1,6 +1,6 @@
 // One row after the other, each by one thread. A row that is not greedy never sorts the vocabulary: the tokens whose
-// logit is near the largest are gathered, put in buckets by their distance to it, and bucket after bucket is sorted only
-// as far as the pick goes. Only where that does not decide the pick does the row look farther down.
+// logit is near the largest are gathered, put in buckets by their distance to it, and bucket after bucket is sorted
+// only as far as the pick goes. Only where that does not decide the pick does the row look farther down.
 #include <cstring>
 
 #include "kernels.h"
@@ -11,7 +11,7 @@
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-constexpr std::int64_t kChunk = 256;  // logits that share a stored maximum
+constexpr std::int64_t kChunk = 128;  // logits that share a stored maximum
 constexpr int kBuckets = 1024;
 constexpr float kInfinity = __builtin_inff();
 
@@ -122,16 +122,17 @@ class Row {
   // All tokens whose weight is at least about e^-depth, into buckets from the largest logit down.
   void gather(float depth) {
     const float lowest = largest_ - depth * temperature_;
-    float smallest = largest_;
     std::int64_t count = 0;
     for (std::int64_t begin = 0; begin < vocab_; begin += kChunk) {
       if (!(maxima_[begin / kChunk] >= lowest)) continue;
       for (std::int64_t i = begin; i < chunk_end(begin); ++i) {
         gathered_[count] = {logits_[i], static_cast<std::int32_t>(i)};
-        const bool is_near = logits_[i] >= lowest;
-        smallest = is_near && logits_[i] < smallest ? logits_[i] : smallest;
-        count += is_near;
+        count += logits_[i] >= lowest;
       }
+    }
+    float smallest = largest_;
+    for (std::int64_t i = 0; i < count; ++i) {
+      smallest = gathered_[i].logit < smallest ? gathered_[i].logit : smallest;
     }
     const float scale = largest_ > smallest ? static_cast<float>(kBuckets) / (largest_ - smallest) : 0.0f;
     const auto bucket = [&](const Candidate& candidate) {
@@ -218,9 +219,12 @@ void sample(const Sample& args) {
   parallel_tasks(team_size(args.threads, args.rows * args.vocab), args.rows, [&](std::int64_t index) {
     Row row(args.logits + index * args.vocab, args.vocab);
     const float temperature = args.temperature[index];
-    args.ids[index] = temperature == 0.0f ? row.greedy()
-                                          : row.draw(temperature, args.top_k[index], static_cast<double>(args.top_p[index]),
-                                                     static_cast<double>(args.min_p[index]), args.uniform[index]);
+    if (temperature == 0.0f) {
+      args.ids[index] = row.greedy();
+    } else {
+      const auto top_p = static_cast<double>(args.top_p[index]), min_p = static_cast<double>(args.min_p[index]);
+      args.ids[index] = row.draw(temperature, args.top_k[index], top_p, min_p, args.uniform[index]);
+    }
   });
 }
 

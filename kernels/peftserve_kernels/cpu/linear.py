@@ -9,6 +9,8 @@ from peftserve_kernels.cpu.extension import DTYPES, ops
 def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
     """See `peftserve_kernels.linear_logits`. The bits of a row of logits depend on that row of x alone."""
     (rows, columns), outputs = x.shape, weight.shape[0]
+    if not x.dtype == weight.dtype == torch.bfloat16:
+        x = x.float()
     x, weight = x.contiguous(), weight.contiguous()
     logits = torch.empty((rows, outputs), dtype=torch.float32)
     ops.linear_logits(
