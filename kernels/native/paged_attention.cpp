@@ -375,6 +375,7 @@ class Attention {
 
 void paged_attention(const PagedAttention& args) {
   const std::int64_t row = args.num_heads * args.head_dim, used = args.query_start[args.sequences];
+  if (args.tokens == 0) return;
   with_type(args.dtype, [&](auto element) {
     using Out = typename decltype(element)::type;
     const auto padding = static_cast<std::size_t>((args.tokens - used) * row);

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,8 @@ class Upload:
         self._claim = locks.claim(self._folder)
         self._weights = (self._folder / blobs.WEIGHTS_FILE).open("wb")
         self._open = True
+        # A client may go away while a thread writes or publishes: `discard` then waits until that is through.
+        self._lock = threading.RLock()
 
     @property
     def received_bytes(self) -> int:
@@ -63,33 +66,36 @@ class Upload:
 
     def write_weights(self, chunk: bytes) -> None:
         """Add to the weights; raises `PayloadTooLargeError`."""
-        self._check_open()
-        self._check_size(len(chunk))
-        with _storage():
-            self._weights.write(chunk)
-        self._weights_hash.update(chunk)
-        self._weights_bytes += len(chunk)
+        with self._lock:
+            self._check_open()
+            self._check_size(len(chunk))
+            with _storage():
+                self._weights.write(chunk)
+            self._weights_hash.update(chunk)
+            self._weights_bytes += len(chunk)
 
     def commit(self) -> AdapterRecord:
         """Validate the adapter whole and publish it; returns when it is on the disk. The same again is no change.
 
         Raises `InvalidAdapterError` with all faults, `ConflictError` over the quota. The upload is over in any case.
         """
-        self._check_open()
-        try:
-            with _storage():
-                return self._publish(self._folder, self._validate())
-        finally:
-            self.discard()
+        with self._lock:
+            self._check_open()
+            try:
+                with _storage():
+                    return self._publish(self._folder, self._validate())
+            finally:
+                self.discard()
 
     def discard(self) -> None:
         """Give the upload up; does nothing after `commit` or a second time."""
-        if not self._open:
-            return
-        self._open = False
-        self._weights.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os.close(self._claim)
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            self._weights.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._claim)
 
     def __enter__(self) -> Self:
         return self

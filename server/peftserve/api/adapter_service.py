@@ -1,5 +1,6 @@
 """Adapters as both front doors see them: the store's records and where the engine holds them, kept in step."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -67,7 +68,13 @@ class AdapterService:
 
         Raises `InvalidRequestError` for a bad name, `ConflictError` over quota.
         """
-        upload = await anyio.to_thread.run_sync(self._store.new_upload, tenant, name)
+        making = asyncio.ensure_future(anyio.to_thread.run_sync(self._store.new_upload, tenant, name))
+        try:
+            upload = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody but us knows of what it makes.
+            making.add_done_callback(_discard)
+            raise
         try:
             yield upload
         finally:
@@ -133,3 +140,8 @@ class AdapterService:
 def num_virtual_tokens(record: AdapterRecord) -> int:
     """Tokens of the context that the adapter's prefix takes; 0 for other kinds."""
     return int(record.details.get("num_virtual_tokens", 0))
+
+
+def _discard(making: "asyncio.Future[Upload]") -> None:
+    if making.exception() is None:
+        making.result().discard()
