@@ -47,8 +47,8 @@ class Upload:
         self._claim = locks.claim(self._folder)
         self._weights = (self._folder / blobs.WEIGHTS_FILE).open("wb")
         self._open = True
-        # A client may go away while a thread writes or publishes: `discard` then waits until that is through.
-        self._lock = threading.RLock()
+        # A client may go away while a thread writes or publishes; only one of them ends the upload.
+        self._lock = threading.Lock()
 
     @property
     def received_bytes(self) -> int:
@@ -81,11 +81,12 @@ class Upload:
         """
         with self._lock:
             self._check_open()
-            try:
-                with _storage():
-                    return self._publish(self._folder, self._validate())
-            finally:
-                self.discard()
+            self._open = False  # from here on `discard` leaves the clearing up to us
+        try:
+            with _storage():
+                return self._publish(self._folder, self._validate())
+        finally:
+            self._clear()
 
     def discard(self) -> None:
         """Give the upload up; does nothing after `commit` or a second time."""
@@ -93,9 +94,12 @@ class Upload:
             if not self._open:
                 return
             self._open = False
-            self._weights.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os.close(self._claim)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._weights.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._claim)
 
     def __enter__(self) -> Self:
         return self

@@ -82,7 +82,8 @@ def _device(name: str) -> torch.device:
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int, element_bytes: int) -> int:
     """The context limit in tokens; one sequence of it must fit the KV cache, or it could never be served."""
-    holds = num_pages * config.page_size
+    # A prefix that does not end with a page costs a page more: its last one is copied for each request.
+    holds = max(num_pages - 1, 0) * config.page_size
     wanted = config.max_model_len or min(spec.max_position_embeddings, holds)
     if wanted > spec.max_position_embeddings:
         raise ConfigurationError(
@@ -91,7 +92,7 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int, elemen
         )
     if wanted > holds or holds == 0:
         page_bytes = spec.kv_page_bytes(config.page_size, element_bytes)
-        needed = max(-(-wanted // config.page_size), 1) * page_bytes
+        needed = (max(-(-wanted // config.page_size), 1) + 1) * page_bytes
         raise ConfigurationError(
             f"kv_cache_bytes: {config.kv_cache_bytes} holds {holds} tokens; a context of {wanted or 1} needs {needed}",
             field="kv_cache_bytes",

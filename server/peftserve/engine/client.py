@@ -157,6 +157,8 @@ class EngineClient:
 
     def unload(self, digest: str) -> None:
         """Drop an adapter from the engine's memory when its last request is done."""
+        if self.state is not EngineState.READY:
+            self.residency.pop(digest, None)  # nor brought back by the next engine
         self._send(UnloadAdapter(digest=digest))
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -166,7 +168,11 @@ class EngineClient:
         attempt = 0
         while True:
             started = time.monotonic()
-            await self._run_process()
+            try:
+                await self._run_process()
+            except Exception as error:  # no process or memory to be had, say: to be tried again like a crash
+                log.exception("engine could not be run")
+                self.failure = EngineDeadError(f"the engine could not be run: {error}", retry_after_s=5.0)
             if self.state is EngineState.STOPPED:
                 return
             if self.info is None:
@@ -235,12 +241,14 @@ class EngineClient:
                     self._on_update(update)
             case Ready(info=info):
                 self.info = info
+                # Pins come back from the store (`on_ready`): they may have changed while no engine could be told.
                 before, self.residency = self.residency, {}
                 for adapter in before.values():
-                    self.prefetch(_ref(adapter), pinned=adapter.pinned)
+                    self.prefetch(_ref(adapter))
                 if self._on_ready:
                     self._on_ready(info)
-                await self._set_state(EngineState.READY)
+                if self.state is not EngineState.STOPPED:
+                    await self._set_state(EngineState.READY)
             case Fatal(error=error):
                 self.failure = from_info(error)
                 log.error("engine cannot run", error=error.message)

@@ -211,7 +211,7 @@ class Scheduler:
                 return
             starved = now - request.arrived > self._limits.starvation_s
             if not self._start(request, copies, urgent=starved):
-                if starved and self.running:
+                if starved and self.running and not self._on_its_way(request):
                     return
                 passed_over.add(request.fairness_key)
                 continue
@@ -219,6 +219,10 @@ class Scheduler:
             chunks[request] = size
             budget -= size
             self._charge(request, size)
+
+    def _on_its_way(self, request: Request) -> bool:
+        """Whether the request waits for nothing but its adapter's copy, for which nobody has to be held back."""
+        return request.digest is not None and self._adapters.state(request.digest) is AdapterState.LOADING
 
     def _start(self, request: Request, copies: dict[Request, PageCopy], *, urgent: bool) -> bool:
         """WAITING -> RUNNING with its adapter and pages for all its known tokens; False when they are not to be had."""
@@ -274,10 +278,10 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """RUNNING -> WAITING: give everything back; its tokens are computed again, or come from the prefix cache."""
         self.preemptions += 1
+        if request.spec.adapter:
+            self._adapters.want(request.spec.adapter)  # first, or an adapter that was unloaded meanwhile would go now
         self._give_back(request)
         request.move(RequestState.WAITING)
-        if request.spec.adapter:
-            self._adapters.want(request.spec.adapter)
         self.waiting.push_front(request)
 
     def _give_back(self, request: Request) -> None:
