@@ -7,6 +7,8 @@ import pytest
 
 # Tests compute tiny things, several processes at once: more threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton kernels run under its interpreter, on CPU tensors; read when their module is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Every op file holds a table Backend -> implementation and asks `select` for its 
 wanted backend uses its torch reference, which every table has.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -47,6 +48,20 @@ def backend_for(device: torch.device) -> Backend:
     if forced is not None:
         return forced
     return Backend.CPU if device.type == "cpu" else Backend.TRITON
+
+
+def triton_op(module: str, name: str) -> Mapping[Backend, Callable[..., Any]]:
+    """The Triton entry of an op: `name` in `peftserve_kernels.gpu.<module>`, imported at its first call.
+
+    So Triton is neither needed nor loaded where other backends run; without it the first call raises ImportError.
+    """
+
+    @cache
+    def implementation() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"peftserve_kernels.gpu.{module}"), name)
+        return function
+
+    return {Backend.TRITON: lambda *args, **kwargs: implementation()(*args, **kwargs)}
 
 
 def select(table: Mapping[Backend, Implementation], device: torch.device) -> Implementation:
