@@ -1,4 +1,5 @@
-// A task is a block of tokens of one segment in one slice: shrink to the adapter's rank, expand, add to y.
+// A task is a block of tokens of one segment in one slice: shrink to the adapter's rank, expand, add to y, scale its
+// columns if the adapter is a DoRA.
 #include "kernels.h"
 #include "low_rank.h"
 #include "parallel.h"
@@ -50,11 +51,24 @@ class Update {
     shrink_inputs(task, a, t, t + task.tokens * rank);
     const Vec scale = broadcast(args_.scale[task.table]);
     T* y = y_ + task.token * args_.y_stride + piece.offset;
-    const auto add_to = [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
-      T* to = y + m * args_.y_stride + column;
-      store_part(to, count, fma(scale, delta, load_part(to, count)));
+    const auto sum = [&](const T* to, int count, Vec delta) __attribute__((always_inline)) {
+      return fma(scale, delta, load_part(to, count));
     };
-    expand(t, task.tokens, b, add_to);
+    const std::int64_t row_scale = args_.row_scale[task.table];
+    if (row_scale < 0) {
+      expand(t, task.tokens, b,
+             [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
+               T* to = y + m * args_.y_stride + column;
+               store_part(to, count, sum(to, count, delta));
+             });
+    } else {
+      const W* g = arena_ + row_scale;
+      expand(t, task.tokens, b,
+             [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
+               T* to = y + m * args_.y_stride + column;
+               store_part(to, count, mul(load_part(g + column, count), sum(to, count, delta)));
+             });
+    }
   }
 
   void shrink_inputs(const Task& task, const Factor<W>& a, float* t, float* wide) const {

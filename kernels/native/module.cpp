@@ -91,16 +91,16 @@ NB_MODULE(_native, m) {
                               head_dim, page_size, window, scale, threads});
   });
   m.def("lora_add", [](Address y, Address x, Address start, Address slot, Address arena, Address rank, Address scale,
-                       Address a_page, Address b_page, nb::handle slices, int dtype, int arena_dtype,
-                       std::int64_t tokens, std::int64_t columns, std::int64_t y_stride, std::int64_t segments,
-                       std::int64_t layer, std::int64_t layers, std::int64_t targets, std::int64_t pages,
-                       int threads) {
+                       Address row_scale, Address a_page, Address b_page, nb::handle slices, int dtype,
+                       int arena_dtype, std::int64_t tokens, std::int64_t columns, std::int64_t y_stride,
+                       std::int64_t segments, std::int64_t layer, std::int64_t layers, std::int64_t targets,
+                       std::int64_t pages, int threads) {
     LoraAdd::Slice slice[kMaxSlices];
     const auto count = static_cast<std::int64_t>(read_slices(slices, slice, kMaxSlices));
     current->lora_add({at<void>(y), at<void>(x), at<std::int32_t>(start), at<std::int32_t>(slot), at<void>(arena),
-                       at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(a_page), at<std::int64_t>(b_page),
-                       slice, static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype), tokens, columns, y_stride,
-                       segments, count, layer, layers, targets, pages, threads});
+                       at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(row_scale), at<std::int64_t>(a_page),
+                       at<std::int64_t>(b_page), slice, static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype),
+                       tokens, columns, y_stride, segments, count, layer, layers, targets, pages, threads});
   });
   m.def("bottleneck_add", [](Address stream, Address hidden, Address residual, Address start, Address slot,
                              Address arena, Address width, Address scale, Address down_page, Address up_page,

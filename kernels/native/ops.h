@@ -91,16 +91,17 @@ struct LoraAdd {
   struct Slice {
     std::int64_t target, offset, outputs;
   };
-  void* y;                     // [tokens, y_stride] of `dtype`
-  const void* x;               // [tokens, columns] of `dtype`
-  const std::int32_t* start;   // [segments + 1]
-  const std::int32_t* slot;    // [segments]
-  const void* arena;           // of `arena_dtype`
-  const std::int32_t* rank;    // [slots, layers, targets]
-  const float* scale;          // the same
-  const std::int64_t* a_page;  // [slots, layers, targets, pages]
-  const std::int64_t* b_page;  // the same
-  const Slice* slice;          // [slices]
+  void* y;                        // [tokens, y_stride] of `dtype`
+  const void* x;                  // [tokens, columns] of `dtype`
+  const std::int32_t* start;      // [segments + 1]
+  const std::int32_t* slot;       // [segments]
+  const void* arena;              // of `arena_dtype`
+  const std::int32_t* rank;       // [slots, layers, targets]
+  const float* scale;             // the same
+  const std::int64_t* row_scale;  // the same; negative for none
+  const std::int64_t* a_page;     // [slots, layers, targets, pages]
+  const std::int64_t* b_page;     // the same
+  const Slice* slice;             // [slices]
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, y_stride, segments, slices, layer, layers, targets, pages;
   int threads;

@@ -38,6 +38,7 @@ void token(const RopeAndStoreKv& args, std::int64_t row) {
   for (std::int64_t h = 0; h < args.num_heads; ++h, x += size, q += size) {
     head(x, args.q_norm, args.eps, cos_sin, size, q);
   }
+  if (args.slots[row] < 0) return;
   const std::int64_t page = args.slots[row] / args.page_size, offset = args.slots[row] % args.page_size;
   const std::int64_t first = (page * args.num_kv_heads * args.page_size + offset) * size;
   for (std::int64_t h = 0; h < args.num_kv_heads; ++h, x += size) {

@@ -12,7 +12,7 @@ from torch.nn import functional
 from peftserve_kernels.activation import Activation, activate
 from peftserve_kernels.cpu import bottleneck as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 from peftserve_kernels.rank_pages import read_rank_rows
 from peftserve_kernels.segments import Segments
 
@@ -168,4 +168,5 @@ _BottleneckAdd = Callable[[Tensor, Tensor, Tensor, Segments, BottleneckWeights, 
 _IMPLEMENTATIONS: Final[Mapping[Backend, _BottleneckAdd]] = {
     Backend.REFERENCE: bottleneck_add_reference,
     **native(cpu.bottleneck_add),
+    **triton_op("bottleneck", "bottleneck_add"),
 }

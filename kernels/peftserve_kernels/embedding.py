@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from peftserve_kernels.cpu import elementwise as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
@@ -32,4 +32,5 @@ def embedding_reference(ids: Tensor, table: Tensor) -> Tensor:
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Tensor], Tensor]]] = {
     Backend.REFERENCE: embedding_reference,
     **native(cpu.embedding),
+    **triton_op("elementwise", "embedding"),
 }

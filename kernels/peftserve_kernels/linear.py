@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from peftserve_kernels.cpu import linear as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 # Head weights upcast at a time: 2 MiB in float32, small enough to stay in the cache and in the allocator's heap.
 _TILE_ELEMENTS: Final = 1 << 19
@@ -41,4 +41,5 @@ def linear_logits_reference(x: Tensor, weight: Tensor) -> Tensor:
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Tensor], Tensor]]] = {
     Backend.REFERENCE: linear_logits_reference,
     **native(cpu.linear_logits),
+    **triton_op("linear", "linear_logits"),
 }

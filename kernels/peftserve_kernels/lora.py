@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftserve_kernels.cpu import lora as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 from peftserve_kernels.rank_pages import read_rank_rows
 from peftserve_kernels.segments import Segments
 
@@ -20,14 +20,17 @@ class LoraWeights:
 
     arena: model dtype or float32 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page: int64
     [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
-    (rows [8, out]); P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. Rank 0: the adapter does not
-    touch that module. The tables are filled and cleared in place as adapters come and go.
+    (rows [8, out]), multiples of 8; P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. row_scale: int64
+    [slots, layers, targets], the element offset of DoRA's row scale [out], a multiple of 8, or -1 for none. Rank 0: the
+    adapter does not touch that module, and none of its other entries is read. The tables are filled and cleared in
+    place as adapters come and go.
     Raises ValueError for shapes that do not agree.
     """
 
     arena: Tensor
     rank: Tensor
     scale: Tensor
+    row_scale: Tensor
     a_page: Tensor
     b_page: Tensor
 
@@ -35,8 +38,9 @@ class LoraWeights:
         table = tuple(self.rank.shape)
         if self.arena.ndim != 1 or len(table) != 3:
             raise ValueError(f"arena must be [E], rank [slots, layers, targets]: {self.arena.ndim}-d and {list(table)}")
-        if tuple(self.scale.shape) != table:
-            raise ValueError(f"scale: must be {list(table)} like rank, got {list(self.scale.shape)}")
+        for name in ("scale", "row_scale"):
+            if tuple(getattr(self, name).shape) != table:
+                raise ValueError(f"{name}: must be {list(table)} like rank, got {list(getattr(self, name).shape)}")
         if self.a_page.shape != self.b_page.shape or tuple(self.a_page.shape[:-1]) != table:
             shapes = f"{list(self.a_page.shape)} and {list(self.b_page.shape)}"
             raise ValueError(f"a_page, b_page: must be {[*table, 'P']}, got {shapes}")
@@ -59,6 +63,7 @@ class LoraWeights:
             arena=torch.zeros(elements, dtype=dtype, device=device),
             rank=torch.zeros(table, dtype=torch.int32, device=device),
             scale=torch.zeros(table, dtype=torch.float32, device=device),
+            row_scale=torch.full(table, -1, dtype=torch.int64, device=device),
             a_page=torch.zeros((*table, pages), dtype=torch.int64, device=device),
             b_page=torch.zeros((*table, pages), dtype=torch.int64, device=device),
         )
@@ -81,6 +86,9 @@ def lora_add(
 ) -> None:
     """For each segment and slice: y[s:e, off:off+N] += scale * (x[s:e] A^T) B^T (Hu et al. 2021, arXiv:2106.09685).
 
+    Where the module has a row scale g, y[s:e, off:off+N] = g * (y[s:e, off:off+N] + scale * (x[s:e] A^T) B^T): that is
+    DoRA (Liu et al. 2024, arXiv:2402.09353) with g = m / ||W + scale B A|| by output row, if y holds W x without bias.
+
     y: [M, Ntot], written in place; x: [M, K], the layer's input; both float32, bfloat16 or float16. Runs to the real
     rank of each adapter and module. The rank-sized intermediate is float32, the sum is rounded once to y's dtype.
     Tokens outside all segments and modules of rank 0 are not touched.
@@ -101,6 +109,7 @@ def lora_add_reference(
     for start, end, slot in segments.bounds:
         ranks = weights.rank[slot, layer].tolist()
         scales = weights.scale[slot, layer].tolist()
+        row_scales = weights.row_scale[slot, layer].tolist()
         a_pages = weights.a_page[slot, layer].tolist()
         b_pages = weights.b_page[slot, layer].tolist()
         inputs = x[start:end].float()
@@ -111,11 +120,17 @@ def lora_add_reference(
             a = read_rank_rows(weights.arena, a_pages[target], rank, piece.in_features).float()
             b = read_rank_rows(weights.arena, b_pages[target], rank, piece.out_features).float()
             out = y[start:end, piece.out_offset : piece.out_offset + piece.out_features]
-            out.add_(inputs @ a.t() @ b, alpha=scales[target])
+            delta, row_scale = inputs @ a.t() @ b, row_scales[target]
+            if row_scale < 0:
+                out.add_(delta, alpha=scales[target])
+            else:
+                g = weights.arena[row_scale : row_scale + piece.out_features].float()
+                out.copy_(g * torch.add(out, delta, alpha=scales[target]))
 
 
 _LoraAdd = Callable[[Tensor, Tensor, Segments, LoraWeights, int, Sequence[LoraSlice]], None]
 _IMPLEMENTATIONS: Final[Mapping[Backend, _LoraAdd]] = {
     Backend.REFERENCE: lora_add_reference,
     **native(cpu.lora_add),
+    **triton_op("lora", "lora_add"),
 }

@@ -19,7 +19,7 @@ from torch.nn import functional
 NF4_BLOCK: Final = 64
 
 TILE_ROWS: Final = 16
-"""Rows that a tile of `Nf4Layout.TILES` interleaves."""
+"""Rows that a tile of `Nf4Layout.TILES` or `Nf4Layout.BLOCKS` holds."""
 
 # bitsandbytes' table (csrc/kernels.cu, functional.get_4bit_type), each the shortest decimal of its float32
 NF4_CODE: Final = (
@@ -42,15 +42,25 @@ NF4_CODE: Final = (
 )
 
 
-class Nf4Layout(StrEnum):
-    """The order of a weight's bytes; both are the same bytes in the same shapes.
+BLOCKED_CODES: Final = (0, 2, 4, 10, 13, 15, 6, 12, 1, 3, 5, 9, 11, 14, 7, 8)
+"""The code that a nibble of `Nf4Layout.BLOCKS` stands for; `gpu/nf4_decode.py` says why in this order."""
 
-    ROWS is bitsandbytes': row after row. TILES is for CPUs with vector registers, N a multiple of 16: the 4-byte words
-    (8 columns) of 16 rows lie side by side, as [N / 16, K / 8, 16], and so do the scales, as [N / 16, K / 64, 16].
+
+class Nf4Layout(StrEnum):
+    """The order of a weight's bytes; each holds the same weight in the same shapes, losslessly.
+
+    ROWS is bitsandbytes': row after row. The others take N in tiles of 16 rows, and N must be a multiple of 16.
+    TILES is for CPUs with vector registers: the 4-byte words (8 columns) of 16 rows lie side by side, as
+    [N / 16, K / 8, 16], and so do the scales, as [N / 16, K / 64, 16].
+    BLOCKS is for tensor cores: the blocks of 16 rows lie side by side, as [N / 16, K / 64, 16, 32 bytes], and so do
+    the scales, as [N / 16, K / 64, 16]. Byte 4i + t of a block holds column 16t + 2i in its low nibble and column
+    16t + 2i + 1 in its high one, so that a 4-byte word read as the operand of a 16x16x16 product becomes, decoded,
+    the same thread's operand of four such products. Its nibbles are renumbered by `BLOCKED_CODES`.
     """
 
     ROWS = "rows"
     TILES = "tiles"
+    BLOCKS = "blocks"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -77,8 +87,8 @@ class Nf4Weight:
             raise ValueError(
                 f"absmax: must be float32 {list(wanted)}, got {self.absmax.dtype} {list(self.absmax.shape)}"
             )
-        if self.layout is Nf4Layout.TILES and rows % TILE_ROWS:
-            raise ValueError(f"layout: tiles need N to be a multiple of {TILE_ROWS}, got {rows}")
+        if self.layout is not Nf4Layout.ROWS:
+            _check_tiles(rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,8 +109,8 @@ class Nf4Weight:
         return cls(torch.cat([w.packed for w in weights]), torch.cat([w.absmax for w in weights]), layout)
 
     def rows(self, start: int, end: int) -> "Nf4Weight":
-        """Rows `start` .. `end` (end excluded), as a view. In tiles both must be multiples of 16."""
-        if self.layout is Nf4Layout.TILES and start % TILE_ROWS:
+        """Rows `start` .. `end` (end excluded), as a view. Except in `ROWS` both must be multiples of 16."""
+        if self.layout is not Nf4Layout.ROWS and start % TILE_ROWS:
             raise ValueError(f"rows: a view of tiles starts at a multiple of {TILE_ROWS}, got {start}")
         return Nf4Weight(self.packed[start:end], self.absmax[start:end], self.layout)
 
@@ -108,27 +118,33 @@ class Nf4Weight:
         """The same weight in `Nf4Layout.TILES`, a copy unless it is already. Raises ValueError unless 16 divides N."""
         if self.layout is Nf4Layout.TILES:
             return self
-        rows = self.shape[0]
-        if rows % TILE_ROWS:
-            raise ValueError(f"layout: tiles need N to be a multiple of {TILE_ROWS}, got {rows}")
+        weight = self.row_major()
+        rows = weight.shape[0]
+        _check_tiles(rows)
+        packed = _tile(weight.packed.contiguous().view(torch.int32)).view(rows, -1).view(torch.uint8)
+        return Nf4Weight(packed, _tile(weight.absmax).view(rows, -1), Nf4Layout.TILES)
 
-        def tile(x: Tensor) -> Tensor:
-            return x.view(rows // TILE_ROWS, TILE_ROWS, -1).transpose(1, 2).contiguous()
-
-        packed = tile(self.packed.contiguous().view(torch.int32)).view(rows, -1).view(torch.uint8)
-        return Nf4Weight(packed, tile(self.absmax.contiguous()).view(rows, -1), Nf4Layout.TILES)
+    def blocked(self) -> "Nf4Weight":
+        """The same weight in `Nf4Layout.BLOCKS`, a copy unless it is already. Raises ValueError unless 16 divides N."""
+        if self.layout is Nf4Layout.BLOCKS:
+            return self
+        weight = self.row_major()
+        rows, columns = weight.shape
+        _check_tiles(rows)
+        nibbles = _renumber(weight.packed, to_blocks=True)
+        words = nibbles.view(rows // TILE_ROWS, TILE_ROWS, columns // NF4_BLOCK, 4, 8).permute(0, 2, 1, 4, 3)
+        return Nf4Weight(words.reshape(rows, -1), _tile(weight.absmax).view(rows, -1), Nf4Layout.BLOCKS)
 
     def row_major(self) -> "Nf4Weight":
         """The same weight in `Nf4Layout.ROWS`, a copy unless it is already."""
         if self.layout is Nf4Layout.ROWS:
             return self
-        rows = self.shape[0]
-
-        def untile(x: Tensor) -> Tensor:
-            return x.view(rows // TILE_ROWS, -1, TILE_ROWS).transpose(1, 2).contiguous().view(rows, -1)
-
-        packed = untile(self.packed.contiguous().view(torch.int32)).view(torch.uint8)
-        return Nf4Weight(packed, untile(self.absmax.contiguous()))
+        rows, columns = self.shape
+        absmax = _untile(self.absmax)
+        if self.layout is Nf4Layout.TILES:
+            return Nf4Weight(_untile(self.packed.contiguous().view(torch.int32)).view(torch.uint8), absmax)
+        words = self.packed.reshape(rows // TILE_ROWS, columns // NF4_BLOCK, TILE_ROWS, 8, 4).permute(0, 2, 1, 4, 3)
+        return Nf4Weight(_renumber(words.reshape(rows, -1), to_blocks=False), absmax)
 
     def padded(self) -> "Nf4Weight":
         """This weight with zero rows up to a multiple of 16, a copy unless there is nothing to add."""
@@ -137,6 +153,30 @@ class Nf4Weight:
             return self
         grow = (0, 0, 0, missing)
         return Nf4Weight(functional.pad(self.packed, grow), functional.pad(self.absmax, grow))
+
+
+def _check_tiles(rows: int) -> None:
+    if rows % TILE_ROWS:
+        raise ValueError(f"layout: tiles need N to be a multiple of {TILE_ROWS}, got {rows}")
+
+
+def _tile(x: Tensor) -> Tensor:
+    """[N, C] as [N / 16, C, 16]."""
+    return x.reshape(x.shape[0] // TILE_ROWS, TILE_ROWS, -1).transpose(1, 2).contiguous()
+
+
+def _untile(x: Tensor) -> Tensor:
+    """The inverse of `_tile`, from and to [N, C]."""
+    return x.reshape(x.shape[0] // TILE_ROWS, -1, TILE_ROWS).transpose(1, 2).reshape(x.shape[0], -1)
+
+
+def _renumber(packed: Tensor, *, to_blocks: bool) -> Tensor:
+    """Each byte with its two nibbles exchanged and renumbered: from the codes of `ROWS` to those of `BLOCKS`, or back."""
+    byte = torch.arange(256, device=packed.device)
+    codes = torch.tensor(BLOCKED_CODES, device=packed.device)
+    number = codes.argsort() if to_blocks else codes
+    table = (number[byte & 15] << 4 | number[byte >> 4]).to(torch.uint8)
+    return table.index_select(0, packed.flatten().int()).view(packed.shape)
 
 
 @cache

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from peftserve_kernels.cpu import nf4_linear as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, backend_for, select
+from peftserve_kernels.dispatch import Backend, backend_for, select, triton_op
 from peftserve_kernels.nf4 import TILE_ROWS, Nf4Weight, dequantize_nf4
 
 # Weights dequantised at a time: 1 MiB in float32. They stay in a core's cache between the look-up and the product, and
@@ -39,9 +39,12 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
 
 def prepare_nf4(weight: Nf4Weight) -> Nf4Weight:
     """`weight` in the layout that `nf4_linear` reads fastest on its device. Call it once, at load."""
-    device = weight.packed.device
-    is_native = backend_for(device) is Backend.CPU and Backend.CPU in _IMPLEMENTATIONS
-    return weight.tiled() if is_native and weight.shape[0] % TILE_ROWS == 0 else weight
+    if weight.shape[0] % TILE_ROWS:
+        return weight
+    backend = backend_for(weight.packed.device)
+    if backend is Backend.TRITON:
+        return weight.blocked()
+    return weight.tiled() if backend is Backend.CPU and Backend.CPU in _IMPLEMENTATIONS else weight
 
 
 def nf4_linear_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
@@ -68,4 +71,5 @@ def nf4_linear_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = Non
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Nf4Weight, Tensor | None], Tensor]]] = {
     Backend.REFERENCE: nf4_linear_reference,
     **native(cpu.nf4_linear),
+    **triton_op("nf4_linear", "nf4_linear"),
 }

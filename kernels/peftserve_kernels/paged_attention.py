@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from peftserve_kernels.cpu import paged_attention as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
+
+QUERY_TILE: Final = 128
+"""Most queries of one sequence in a row of `AttentionBatch.prefill`. Triton programs cut it further."""
 
 # A long prefill is cut into blocks of queries: each reads only the positions that it may see, and masks stay small.
 _QUERY_BLOCK: Final = 128
@@ -28,11 +33,20 @@ class AttentionBatch:
     sequence's context are not read, but must be valid page ids (0 will do). query_start: int32 [S + 1], sequence s
     has the queries query_start[s] .. query_start[s + 1] of the flat batch, which starts at 0. context_len: int32 [S],
     positions in the cache, the new tokens included. A sequence may have no query. All on the compute device.
+
+    The work of the Triton kernels, made by `cut_queries` (None where no Triton backend reads it): decode: int32 [D],
+    the sequences with exactly one query; prefill: int32 [T, 3], the queries of all other sequences in tiles (sequence,
+    first query, end query) of the flat batch, at most `QUERY_TILE` queries each.
+
+    Where a captured step replays with these tables refilled in place (`for_decode`), its unused rows are sequences of
+    one query and context 0: they read nothing and come out as zeros. Only the reference and Triton take such rows.
     """
 
     block_tables: Tensor
     query_start: Tensor
     context_len: Tensor
+    decode: Tensor | None = None
+    prefill: Tensor | None = None
     # what the reference derives from the tables, made once a step and used by every layer
     _memo: dict[tuple[int, int, int, int, int | None], "tuple[_Group, ...]"] = field(
         default_factory=dict, init=False, repr=False
@@ -58,11 +72,41 @@ class AttentionBatch:
                 raise ValueError(f"sequence {sequence}: {end - first} queries in a context of {context}")
         width = max((len(table) for table in block_tables), default=0)
         padded = [[*table, *[0] * (width - len(table))] for table in block_tables]
+        decode, prefill = cut_queries(np.asarray(query_start, np.int32))
         return cls(
             block_tables=torch.tensor(padded, dtype=torch.int32, device=device).view(count, width),
             query_start=torch.tensor(query_start, dtype=torch.int32, device=device),
             context_len=torch.tensor(context_len, dtype=torch.int32, device=device),
+            decode=torch.from_numpy(decode).to(device),
+            prefill=torch.from_numpy(prefill).to(device),
         )
+
+    @classmethod
+    def for_decode(cls, capacity: int, max_blocks: int, device: torch.device | str = "cpu") -> "AttentionBatch":
+        """Tables of a captured decode step: `capacity` rows of one query each, all unused so far.
+
+        Between replays only `block_tables` and `context_len` change.
+        """
+        return cls(
+            block_tables=torch.zeros((capacity, max_blocks), dtype=torch.int32, device=device),
+            query_start=torch.arange(capacity + 1, dtype=torch.int32, device=device),
+            context_len=torch.zeros(capacity, dtype=torch.int32, device=device),
+            decode=torch.arange(capacity, dtype=torch.int32, device=device),
+            prefill=torch.empty((0, 3), dtype=torch.int32, device=device),
+        )
+
+
+def cut_queries(query_start: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """`AttentionBatch.decode` and `AttentionBatch.prefill` of the sequences that `query_start` [S + 1] bounds."""
+    queries = np.diff(query_start)
+    decode = np.flatnonzero(queries == 1).astype(np.int32)
+    many = np.flatnonzero(queries > 1)
+    tiles = -(-queries[many] // QUERY_TILE)
+    sequence = np.repeat(many, tiles)
+    tile_in_sequence = np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    first = query_start[sequence] + QUERY_TILE * tile_in_sequence
+    end = np.minimum(first + QUERY_TILE, query_start[sequence + 1])
+    return decode, np.stack((sequence, first, end), axis=1).astype(np.int32)
 
 
 def paged_attention(
@@ -165,6 +209,8 @@ def _pieces(batch: AttentionBatch, window: int | None) -> Iterator[_Piece]:
         for block in range(0, queries, _QUERY_BLOCK):
             count = min(_QUERY_BLOCK, queries - block)
             position = context - queries + block
+            if position < 0:  # an unused row of a captured step
+                continue
             first = 0 if window is None else max(0, position - window + 1)
             yield _Piece(sequence, starts[sequence] + block, count, first, position + count)
 
@@ -219,4 +265,5 @@ _PagedAttention = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int |
 _IMPLEMENTATIONS: Final[Mapping[Backend, _PagedAttention]] = {
     Backend.REFERENCE: paged_attention_reference,
     **native(cpu.paged_attention),
+    **triton_op("paged_attention", "paged_attention"),
 }

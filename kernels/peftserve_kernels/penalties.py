@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +103,5 @@ def apply_penalties_reference(logits: Tensor, penalties: Penalties) -> None:
 
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Penalties], None]]] = {
     Backend.REFERENCE: apply_penalties_reference,
+    **triton_op("penalties", "apply_penalties"),
 }

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from peftserve_kernels.cpu import elementwise as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -31,4 +31,5 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.d
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Tensor, float, torch.dtype], Tensor]]] = {
     Backend.REFERENCE: rms_norm_reference,
     **native(cpu.rms_norm),
+    **triton_op("elementwise", "rms_norm"),
 }

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from peftserve_kernels.cpu import rope as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 
 def rope_and_store_kv(
@@ -29,8 +29,9 @@ def rope_and_store_kv(
     qkv: [M, (num_heads + 2 num_kv_heads) head_dim], model dtype, heads of q, then k, then v. cos_sin: float32
     [M, head_dim] for each token's position, the cosines of the head_dim / 2 frequencies and then their sines, or None
     for a layer without positions (NoPE). k_cache, v_cache: [num_pages, num_kv_heads, page_size, head_dim], written in
-    place. slots: int64 [M], where token m goes: page * page_size + offset; they must be distinct. q_norm, k_norm:
-    [head_dim] weights of an RMS norm per head, done before the rotation (Qwen3), with `eps`; None for no norm.
+    place. slots: int64 [M], where token m goes: page * page_size + offset; they must be distinct. K and V of a token
+    with a negative slot are not stored: it is padding of a captured step. q_norm, k_norm: [head_dim] weights of an RMS
+    norm per head, done before the rotation (Qwen3), with `eps`; None for no norm.
 
     Rotation (Su et al. 2021, arXiv:2104.09864, in the rotate-half layout of Llama checkpoints): for halves a, b of a
     head (a, b) -> (a cos - b sin, b cos + a sin). In float32, rounded once. Returns q: [M, num_heads, head_dim] in
@@ -72,9 +73,10 @@ def rope_and_store_kv_reference(
     q = _rotate(_norm(q, q_norm, eps), cos_sin).to(qkv.dtype)
     k = _rotate(_norm(k, k_norm, eps), cos_sin)
     page_size = k_cache.shape[2]
-    page, offset = slots // page_size, slots % page_size
-    k_cache[page, :, offset] = k.to(k_cache.dtype)
-    v_cache[page, :, offset] = v.to(v_cache.dtype)
+    stored = slots >= 0
+    page, offset = slots[stored] // page_size, slots[stored] % page_size
+    k_cache[page, :, offset] = k[stored].to(k_cache.dtype)
+    v_cache[page, :, offset] = v[stored].to(v_cache.dtype)
     return q
 
 
@@ -112,4 +114,5 @@ class _RopeAndStoreKv(Protocol):
 _IMPLEMENTATIONS: Final[dict[Backend, _RopeAndStoreKv]] = {
     Backend.REFERENCE: rope_and_store_kv_reference,
     **native(cpu.rope_and_store_kv),
+    **triton_op("rope", "rope_and_store_kv"),
 }

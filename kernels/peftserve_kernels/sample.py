@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftserve_kernels.cpu import sample as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 # Candidates looked at before the whole vocabulary is sorted: nearly every draw falls into the first few.
 _FIRST_WIDTHS: Final = (256, 4096)
@@ -93,4 +93,5 @@ _Sample = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 _IMPLEMENTATIONS: Final[Mapping[Backend, _Sample]] = {
     Backend.REFERENCE: sample_reference,
     **native(cpu.sample),
+    **triton_op("sample", "sample"),
 }

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from peftserve_kernels.cpu import elementwise as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -31,4 +31,5 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor], Tensor]]] = {
     Backend.REFERENCE: silu_mul_reference,
     **native(cpu.silu_mul),
+    **triton_op("elementwise", "silu_mul"),
 }

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -129,6 +129,22 @@ def test_float32_arena_under_a_bf16_model() -> None:
     assert_close(y.float(), x.float() @ bank.merged(0, 0).t(), rtol=2**-7, atol=1e-3)
 
 
+def test_a_row_scale_makes_a_dora() -> None:
+    """Against the definition: W + scale B A with its rows brought to the lengths m, for one of two modules."""
+    bank = make_bank([[8, 3, 0]])
+    base, m = torch.randn(sum(OUTS), IN), torch.rand(OUTS[0]) + 0.5
+    updated = base + bank.merged(0, 1)
+    arena = torch.cat([bank.weights.arena, m / updated[: OUTS[0]].norm(dim=1)])
+    weights = replace(bank.weights, arena=arena)
+    weights.row_scale[0, 1, 0] = len(bank.weights.arena)
+    updated[: OUTS[0]] *= (m / updated[: OUTS[0]].norm(dim=1))[:, None]
+    x = torch.randn(7, IN)
+    y = x @ base.t()
+    oracle = torch.cat([y[:2], x[2:] @ updated.t()])
+    lora_add(y, x, Segments.build([2, 7], [0]), weights, 1, SLICES)
+    assert_close(y, oracle, rtol=1e-4, atol=1e-3)
+
+
 def test_only_the_given_slices_and_segments_are_written(bank: Bank) -> None:
     x, y = torch.randn(6, IN), torch.randn(6, sum(OUTS))
     before = y.clone()
@@ -147,7 +163,10 @@ def test_faults(bank: Bank) -> None:
         lora_add(torch.zeros(1, sum(OUTS)), torch.zeros(1, IN + 1), segments, bank.weights, 0, SLICES)
     tables = torch.zeros(2, 1, 3, dtype=torch.int32)
     pages = torch.zeros(2, 1, 3, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="scale"):
-        LoraWeights(torch.zeros(8), tables, torch.zeros(2, 1, 2), pages, pages)
+    offsets = torch.full((2, 1, 3), -1)
+    with pytest.raises(ValueError, match=r"^scale"):
+        LoraWeights(torch.zeros(8), tables, torch.zeros(2, 1, 2), offsets, pages, pages)
+    with pytest.raises(ValueError, match="row_scale"):
+        LoraWeights(torch.zeros(8), tables, torch.zeros(2, 1, 3), offsets[:1], pages, pages)
     with pytest.raises(ValueError, match="a_page, b_page"):
-        LoraWeights(torch.zeros(8), tables, torch.zeros(2, 1, 3), pages, pages[:1])
+        LoraWeights(torch.zeros(8), tables, torch.zeros(2, 1, 3), offsets, pages, pages[:1])

@@ -1,5 +1,6 @@
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,12 +29,18 @@ def make_slices(columns: int, outs: Sequence[int]) -> tuple[LoraSlice, ...]:
 
 
 def make_weights(
-    ranks: Sequence[Sequence[int]], slices: Sequence[LoraSlice], dtype: torch.dtype = torch.float32
+    ranks: Sequence[Sequence[int]],
+    slices: Sequence[LoraSlice],
+    dtype: torch.dtype = torch.float32,
+    row_scaled: Collection[int] = (),
 ) -> LoraWeights:
-    """ranks[slot][target]; every layer has factors of its own in pages of random order, rows past the rank are NaN."""
+    """ranks[slot][target]; every layer has factors of its own in pages of random order, rows past the rank are NaN.
+
+    The slots in `row_scaled` have row scales, as DoRAs do.
+    """
     width = max(max(piece.in_features, piece.out_features) for piece in slices)
     pages = rank_pages(max(max(row) for row in ranks)) or 1
-    total = 2 * LAYERS * sum(rank_pages(rank) for row in ranks for rank in row) + 1
+    total = LAYERS * sum(2 * rank_pages(rank) + 1 for row in ranks for rank in row) + 1
     page = RANK_PAGE_ROWS * width
     weights = LoraWeights.empty(
         elements=total * page, slots=len(ranks), layers=LAYERS, targets=len(slices), pages=pages, dtype=dtype
@@ -52,6 +59,10 @@ def make_weights(
                         rows = min(RANK_PAGE_ROWS, rank - index * RANK_PAGE_ROWS)
                         table[at][index] = offset
                         weights.arena[offset : offset + rows * size] = torch.randn(rows * size).to(dtype)
+                if rank and slot in row_scaled:
+                    offset = free.pop()
+                    weights.row_scale[at] = offset
+                    weights.arena[offset : offset + features[1]] = (torch.rand(features[1]) + 0.5).to(dtype)
     return weights
 
 
@@ -71,7 +82,7 @@ def assert_near(y: Tensor, reference: Tensor) -> None:
 def test_against_the_reference(dtype: torch.dtype, arena: torch.dtype, columns: int, outs: tuple[int, ...]) -> None:
     slices = make_slices(columns, outs)
     ranks = [[(1, 8, 9)[(slot + target) % 3] for target in range(len(outs))] for slot in range(3)]
-    weights = make_weights([*ranks, [64] * len(outs), [0] * len(outs)], slices, arena)
+    weights = make_weights([*ranks, [64] * len(outs), [0] * len(outs)], slices, arena, row_scaled=(1, 3))
     segments = Segments.build([1, 2, 4, 4, 21, 24, 61], [0, 3, 1, 1, 4, 2])
     x, y = torch.randn(63, columns).to(dtype), torch.randn(63, sum(outs)).to(dtype)
     expected = y.clone()
@@ -91,7 +102,7 @@ def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
     dtype, arena = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
     slices = make_slices(columns, outs)
     rank = st.sampled_from([0, 1, 3, 4, 8, 13, 64])
-    weights = make_weights([[data.draw(rank) for _ in outs] for _ in range(3)], slices, arena)
+    weights = make_weights([[data.draw(rank) for _ in outs] for _ in range(3)], slices, arena, row_scaled=(1,))
     starts, slots = [0], []
     for length in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5)):
         starts.append(starts[-1] + length)
@@ -120,6 +131,20 @@ def test_a_broken_token_disturbs_no_other() -> None:
     assert broken[4].isnan().all()
     rest = [i for i in range(20) if i != 4]
     assert same_bits(broken[rest], clean[rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_scale_of_one_is_none(dtype: torch.dtype) -> None:
+    slices = make_slices(40, (33, 8))
+    weights = make_weights([[8, 3]], slices, dtype)
+    segments = Segments.build([0, 5], [0])
+    x, y = torch.randn(5, 40).to(dtype), torch.randn(5, 41).to(dtype)
+    plain = y.clone()
+    lora_add(plain, x, segments, weights, 0, slices)
+    unit = replace(weights, arena=torch.cat([weights.arena, torch.ones(33, dtype=dtype)]))
+    unit.row_scale.fill_(len(weights.arena))
+    lora_add(y, x, segments, unit, 0, slices)
+    assert same_bits(y, plain)
 
 
 def test_an_output_that_cannot_be_written_in_place() -> None:

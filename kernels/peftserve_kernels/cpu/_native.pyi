@@ -95,6 +95,7 @@ def lora_add(
     arena: int,
     rank: int,
     scale: int,
+    row_scale: int,
     a_page: int,
     b_page: int,
     slices: Iterable[tuple[int, int, int, int]],

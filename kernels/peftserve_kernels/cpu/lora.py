@@ -33,6 +33,7 @@ def lora_add(
         weights.arena.data_ptr(),
         weights.rank.data_ptr(),
         weights.scale.data_ptr(),
+        weights.row_scale.data_ptr(),
         weights.a_page.data_ptr(),
         weights.b_page.data_ptr(),
         slices,

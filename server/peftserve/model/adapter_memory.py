@@ -1,7 +1,7 @@
 """Adapters on the device: one arena for LoRA and bottleneck blocks, tables at stable addresses, prefixes as KV pages.
 
 Implements `engine.adapter_memory.AdapterMemory`. The step thread reserves and releases; loader threads load and copy.
-A slot's tables are all zero (rank 0: nothing to add) from release until the next copy has put its weights in place.
+A slot's tables are cleared (rank 0: nothing to add) from release until the next copy has put its weights in place.
 """
 
 import heapq
@@ -148,11 +148,11 @@ class DeviceAdapterMemory:
 
     @torch.inference_mode()
     def release(self, placement: Placement, kind: AdapterKind) -> None:
-        """Zero the slot's tables, and give slot and room back."""
+        """Clear the slot's tables, and give slot and room back."""
         extents = self._slots[kind].give_back(placement.slot)
         for field in fields(self._weights(kind)):
             if field.name != "arena":
-                self._table(kind, field.name)[placement.slot] = 0
+                self._table(kind, field.name)[placement.slot] = _absent(field.name)
         self._arena.free(extents)
 
     @property
@@ -191,7 +191,7 @@ class DeviceAdapterMemory:
         moves = torch.tensor([extent.start for extent in extents]) - borders
         for name, offsets in packed.offsets.items():
             placed = offsets + moves[torch.searchsorted(borders, offsets.clamp(min=0), right=True) - 1]
-            self._table(kind, name)[slot].copy_(torch.where(offsets < 0, 0, placed))
+            self._table(kind, name)[slot].copy_(torch.where(offsets < 0, _absent(name), placed))
         for name, values in packed.values.items():
             self._table(kind, name)[slot].copy_(values)
 
@@ -213,6 +213,11 @@ class DeviceAdapterMemory:
         # The slot was zeroed, and its room last read, on the stream that computes.
         self._copy_stream.wait_stream(torch.cuda.default_stream(self._device))
         return torch.cuda.stream(self._copy_stream)
+
+
+def _absent(table: str) -> int:
+    """What a table holds where there is nothing: only a row scale may be absent where there are weights, as -1."""
+    return -1 if table == "row_scale" else 0
 
 
 def _ends(adapter: HostAdapter) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 
 from peftserve.engine.plan import SegmentPlan, StepPlan
-from peftserve_kernels.paged_attention import AttentionBatch
+from peftserve_kernels.dispatch import Backend, backend_for
+from peftserve_kernels.paged_attention import AttentionBatch, cut_queries
 from peftserve_kernels.segments import Segments
 
 
@@ -50,6 +51,10 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
     def put(array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    decode = prefill = None
+    if backend_for(device) is Backend.TRITON:
+        decode, prefill = map(put, cut_queries(query_start))
+
     return Batch(
         token_ids=put(token_ids),
         positions=put(positions),
@@ -58,6 +63,8 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
             block_tables=put(tables),
             query_start=put(query_start),
             context_len=put((computed + lengths).astype(np.int32)),
+            decode=decode,
+            prefill=prefill,
         ),
         sample_rows=None if len(sampled) == num_tokens else put(query_start[1:][sampled].astype(np.int64) - 1),
         lora=_segments(plan.lora, device),

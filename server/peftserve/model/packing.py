@@ -97,13 +97,18 @@ def pack_lora(adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_
     packer = _Packer()
     shape = (spec.num_layers, len(TARGET_NAMES))
     rank, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    row_scale = np.full(shape, -1, np.int64)
     a_page, b_page = _no_pages(shape, max_rank), _no_pages(shape, max_rank)
     for where, module in sorted(adapter.modules.items()):
         rank[where], scale[where] = module.rank, module.scale
         used = rank_pages(module.rank)
         a_page[where][:used] = packer.pages(module.a.float32())
         b_page[where][:used] = packer.pages(module.b.float32().T)
-    return packer.finish(dtype, values={"rank": rank, "scale": scale}, offsets={"a_page": a_page, "b_page": b_page})
+    return packer.finish(
+        dtype,
+        values={"rank": rank, "scale": scale},
+        offsets={"row_scale": row_scale, "a_page": a_page, "b_page": b_page},
+    )
 
 
 def pack_bottleneck(adapter: BottleneckAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_rank: int) -> PackedWeights:
