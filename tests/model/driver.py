@@ -104,7 +104,7 @@ class Driver:
         )
         self._store = AdapterStore(store, self.spec, max_rank=max_rank) if store else None
         weights = load_weights(folder, self.spec, dtype, _CPU)
-        self.runner = Runner(weights, self.spec, self.kv, self.memory, max_context=max_context)
+        self.runner = Runner(weights, self.spec, self.kv, self.memory, max_context=max_context, max_rows=64)
         self._page_size = page_size
         self._free = list(range(num_pages))
         random.Random(0).shuffle(self._free)

@@ -95,9 +95,6 @@ def _counts_tokens(params: SamplingParams) -> bool:
 def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     params = [spec.params for spec in specs]
     temperatures = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
-    if not any(temperatures):
-        greedy: list[int] = logits.argmax(dim=-1).tolist()
-        return greedy
     device = logits.device
     numbers = uniforms([spec.seed for spec in specs], [len(spec.output_token_ids) for spec in specs])
     picked: list[int] = sample(
