@@ -12,7 +12,7 @@ import torch
 
 from peftserve.adapters.store import AdapterStore
 from peftserve.engine.adapter_memory import HostAdapter, Placement
-from peftserve.engine.plan import PageCopy, Row, Sampled, SampleSpec, StepPlan, segments
+from peftserve.engine.plan import PageCopy, Row, Sampled, SampleSpec, StepPlan, count_tokens, segments
 from peftserve.model.adapter_memory import DeviceAdapterMemory
 from peftserve.model.config_reader import read_spec
 from peftserve.model.kv import KvCache
@@ -194,6 +194,7 @@ class Driver:
             pending = pending[: job.chunks[job._steps]]
         reaches_end = job._computed - job.virtual + len(pending) == len(job._fed)
         output = job._fed[len(job.prompt) :]
+        counts = count_tokens(job.prompt, output) if job.params.counts_tokens else None
         return Row(
             request_id=str(id(job)),
             kind=job.kind,
@@ -201,7 +202,7 @@ class Driver:
             token_ids=pending,
             num_computed=job._computed,
             block_table=job._table,
-            sample=SampleSpec(job.params, job.seed, job.prompt, output) if reaches_end else None,
+            sample=SampleSpec(job.params, job.seed, len(output), counts) if reaches_end else None,
         )
 
     def _pages(self, num_tokens: int) -> list[int]:

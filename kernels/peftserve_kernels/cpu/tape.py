@@ -3,7 +3,7 @@
 While a tape records, every native op runs as ever and is noted with its arguments, and every result is allocated from
 a `TapeMemory`, whose addresses stay valid. A replay makes the same calls on the same addresses, so whatever changes
 from step to step must lie in tensors that are refilled in place. Anything that torch computes itself would be missing
-from the tape: `recording` refuses it.
+from the tape: `capture.CaptureGuard` refuses it, in the tests.
 """
 
 import math
@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from peftserve_kernels.capture import CaptureGuard
+from peftserve_kernels.capture import unguarded
 from peftserve_kernels.cpu.extension import ops
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,7 +41,7 @@ class TapeMemory:
         block = free.pop() if free else self._new(size)
         lease = block[:nbytes]  # lives as long as the tensor's storage
         finalize(lease, free.append, block)
-        with _disable_current_modes():  # the guard takes this for a value from the host
+        with unguarded():
             return torch.from_numpy(lease).view(dtype).view(shape)
 
     def keep(self, x: Tensor) -> Tensor:
@@ -69,15 +68,14 @@ class Tape:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records the native calls in the block, which run too. Raises `CaptureError` when torch computes anything."""
+        """Records the native calls in the block, which run too; what torch computes there is not recorded."""
         global _recording
         if _recording is not None:
             raise RuntimeError("a tape is being recorded already")
         _recording = self._memory
         self._calls.start()
         try:
-            with CaptureGuard(computes=False):
-                yield
+            yield
         finally:
             self._calls.stop()
             _recording = None

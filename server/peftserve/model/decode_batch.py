@@ -43,10 +43,10 @@ class DecodeBatch:
             "query_start": ((max_rows + 1,), np.int32),
             "context_len": ((max_rows,), np.int32),
         }
-        for kind in _KINDS:
-            shapes[f"{kind}_start"] = ((max_rows + 1,), np.int32)
-            shapes[f"{kind}_slot"] = ((max_rows,), np.int32)
-            shapes[f"{kind}_tiles"] = ((max_rows, 3), np.int32)
+        for adapter_kind in _KINDS:
+            shapes[f"{adapter_kind}_start"] = ((max_rows + 1,), np.int32)
+            shapes[f"{adapter_kind}_slot"] = ((max_rows,), np.int32)
+            shapes[f"{adapter_kind}_tiles"] = ((max_rows, 3), np.int32)
         sizes = {name: math.prod(shape) * np.dtype(kind).itemsize for name, (shape, kind) in shapes.items()}
         total = sum(_aligned(size) for size in sizes.values())
         self._on_host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -9,7 +9,7 @@ nothing. On a GPU a few sizes are captured before the first request, and a step 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -137,7 +137,7 @@ class CudaGraphs:
         return logits[:rows]
 
     def _capture(
-        self, size: int, adapters: bool, pool: tuple[int, int], device: torch.device
+        self, size: int, adapters: bool, pool: Any, device: torch.device
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         batch = self._inputs.view(size, lora=adapters, bottleneck=adapters)
         # Compiles the kernels and fills the libraries' workspaces, which must not happen inside the capture.
