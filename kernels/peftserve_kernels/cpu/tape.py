@@ -46,8 +46,11 @@ class TapeMemory:
 
     def keep(self, x: Tensor) -> Tensor:
         """`x` without its hold on the block: to be read until something else runs on this memory."""
+        if not x.numel():
+            return x
         block = self._blocks[x.data_ptr()]
-        return torch.from_numpy(block[: x.nbytes]).view(x.dtype).view(x.shape)
+        with unguarded():
+            return torch.from_numpy(block[: x.nbytes]).view(x.dtype).view(x.shape)
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +99,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(nbytes: int) -> int:
-    """Up by at most an eighth, so that steps of similar sizes share blocks; never 0, for every block has an address."""
+    """Up by at most an eighth, so that steps of similar sizes share blocks; never 0."""
     grain = max(64, 1 << max(nbytes.bit_length() - 4, 0))
     return max(-(-nbytes // grain), 1) * grain
