@@ -1,4 +1,4 @@
-// Ops that treat rows alone: rms_norm, silu_mul, embedding.
+// Ops that treat rows, or elements, alone: rms_norm, residual_add, silu_mul, embedding.
 #include "dtypes.h"
 #include "kernels.h"
 #include "math.h"
@@ -21,6 +21,18 @@ void rms_norm(const RmsNorm& args) {
             store_part(y + row * size + at, count, mul(scaled, load_part(args.weight + at, count)));
           });
         }
+      });
+    });
+  });
+}
+
+void residual_add(const ResidualAdd& args) {
+  with_type(args.dtype, [&](auto type) {
+    const auto* hidden = static_cast<const typename decltype(type)::type*>(args.hidden);
+    parallel_ranges(team_size(args.threads, args.count), args.count, [&](std::int64_t begin, std::int64_t end) {
+      for_vectors(end - begin, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+        const std::int64_t i = begin + at;
+        store_part(args.y + i, count, add(load_part(args.residual + i, count), load_part(hidden + i, count)));
       });
     });
   });

@@ -3,7 +3,8 @@
 // Lanes are output columns n, in groups of sixteen; k runs in blocks of 64. Within a block each output is one chain of
 // dot-product instructions in the order of k, starting from zero; the block's sum is then added to the output's total
 // (times the block's scale, for NF4). Every path below keeps exactly this order, whatever the number of rows and
-// wherever a row or column lies in a tile: that is what makes results independent of the batch.
+// wherever a row or column lies in a tile: that is what makes results independent of the batch. (Sums of integers are
+// exact, so their order within a block is free.)
 #pragma once
 
 #include <cstddef>
@@ -36,17 +37,25 @@ constexpr int kTileGroups = 1;
 
 // Operands are 32-bit units. FloatDot: one column of x a unit, float32 weights.
 struct FloatDot {
-  static constexpr int kColumns = 1;             // columns of x a unit
-  static constexpr int kUnits = kBlock;          // units a block
-  static constexpr int kSteps = kCell;           // units a cell
+  static constexpr int kColumns = 1;                        // columns of x a unit
+  static constexpr int kBlockUnits = kBlock;                // units a block
+  static constexpr int kUnits = kBlockUnits;                // words of a block of a row of x, with what comes beside
+  static constexpr int kStepUnits = 1;                      // units that one step multiplies
+  static constexpr int kSteps = kCell;                      // steps a cell
+  static constexpr int kSums = kVectors;                    // vectors of sums a group
+  static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
   using Weights = Vec;
+  using Sum = Vec;
   using Levels = Table;
   static Vec broadcast(const std::uint32_t* unit) {
     float value;
     std::memcpy(&value, unit, sizeof value);
     return peftserve::PEFTSERVE_ISA::broadcast(value);
   }
+  static Sum none() { return zero(); }
   static Vec dot(Vec sum, Vec weights, Vec x) { return fma(weights, x, sum); }
+  // The sums of vector `v` of a row as floats, given the row's block of x.
+  static Vec value(const Sum* sums, int v, const std::uint32_t*) { return sums[v]; }
   static Vec read(const std::uint32_t* tile) { return load(reinterpret_cast<const float*>(tile)); }
   static void write(std::uint32_t* tile, Vec weights) { store(reinterpret_cast<float*>(tile), weights); }
   template <int kStep>
@@ -59,12 +68,19 @@ struct FloatDot {
 // PairDot: two columns of x a unit, both bfloat16 like the weights, summed in float32.
 struct PairDot {
   static constexpr int kColumns = 2;
-  static constexpr int kUnits = kBlock / 2;
+  static constexpr int kBlockUnits = kBlock / 2;
+  static constexpr int kUnits = kBlockUnits;
+  static constexpr int kStepUnits = 1;
   static constexpr int kSteps = kCell / 2;
+  static constexpr int kSums = kVectors;
+  static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
   using Weights = __m512i;
+  using Sum = Vec;
   using Levels = PairTable;
   static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
+  static Sum none() { return zero(); }
   static Vec dot(Vec sum, __m512i weights, __m512i x) { return dot_pairs(sum, weights, x); }
+  static Vec value(const Sum* sums, int v, const std::uint32_t*) { return sums[v]; }
   static __m512i read(const std::uint32_t* tile) { return _mm512_loadu_si512(tile); }
   static void write(std::uint32_t* tile, __m512i weights) { _mm512_storeu_si512(tile, weights); }
   template <int kStep>
@@ -74,12 +90,60 @@ struct PairDot {
 };
 #endif
 
+#if defined(PEFTSERVE_SIMD_AVX2)
+// ShortDot: x and the weights as 16-bit integers. Without bf16 instructions they make twice the products of floats.
+//
+// Each block of 64 columns of x is scaled so that its largest value becomes kLargest; the levels of NF4 are scaled to
+// kLargestLevel. Both roundings are finer than bf16's: half a step is 2^-14 of the block's largest value, and 2^-13 of
+// the largest level. Sums of a block are exact in 32 bits: 64 * kLargest * kLargestLevel < 2^31.
+//
+// A step multiplies four columns, in pairs: the sums of output n lie in two lanes side by side, and rows of weights in
+// the order 0 1 4 5 | 2 3 6 7 of the eight that one vector of packed words holds (that is how bytes interleave).
+struct ShortDot {
+  static constexpr int kColumns = 2;
+  static constexpr int kBlockUnits = kBlock / 2;
+  static constexpr int kUnits = kBlockUnits + 1;  // the last word is the scale of the block, a float
+  static constexpr int kStepUnits = 2;
+  static constexpr int kSteps = 2;  // the low nibbles of a cell, then the high ones
+  static constexpr int kSums = 2 * kVectors;
+  static constexpr int kTileRows = 2;
+  static constexpr float kLargest = 8191.0f, kLargestLevel = 4095.0f;
+  using Weights = __m256i;
+  using Sum = __m256i;
+  using Levels = ShortTable;
+  static __m256i broadcast(const std::uint32_t* unit) {
+    long long pairs;
+    std::memcpy(&pairs, unit, sizeof pairs);
+    return _mm256_set1_epi64x(pairs);
+  }
+  static Sum none() { return _mm256_setzero_si256(); }
+  static __m256i dot(__m256i sum, __m256i weights, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+  }
+  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
+    const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * v], sums[2 * v + 1]));
+    return mul(exact, FloatDot::broadcast(x + kBlockUnits));
+  }
+  static __m256i read(const std::uint32_t* tile) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)); }
+  static void write(std::uint32_t* tile, __m256i weights) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile), weights);
+  }
+};
+#endif
+
 // Decoded weights of one block: for each group, units in order, sixteen columns a unit.
 template <class Dot>
 struct Tile {
-  static constexpr std::ptrdiff_t kGroupWords = std::ptrdiff_t{Dot::kUnits} * kGroup;
+  static constexpr std::ptrdiff_t kGroupWords = std::ptrdiff_t{Dot::kBlockUnits} * kGroup;
   alignas(64) std::uint32_t words[kTileGroups * kGroupWords];
 };
+
+// Where in a tile the weights of one vector of sums lie.
+template <class Dot>
+constexpr std::ptrdiff_t tile_offset(int sum, int cell, int step) {
+  return (sum / Dot::kSums) * Tile<Dot>::kGroupWords + (sum % Dot::kSums) * kLanes +
+         std::ptrdiff_t{cell * Dot::kSteps + step} * kGroup * Dot::kStepUnits;
+}
 
 // Totals of one tile, one row of x after the other.
 struct Totals {
@@ -89,27 +153,29 @@ struct Totals {
 
 // totals[r, :] += scale * (block of x[r] . block of weights) for kRows rows and kGroups groups.
 //
-// Source: `prepare<kVectorCount>(cell)` reads what a cell needs, `weights<step>(prepared, vector, cell)` is a vector of
-// weights of Dot, `finish(vector, block_sum, total)` the new total.
+// Source: `prepare<kGroups>(cell)` reads what a cell needs, `weights<step, sum>(prepared, cell)` are the weights of Dot
+// that go into vector `sum` of the sums, `finish(vector, block_sum, total)` is the new total.
 //
 // Never inlined: one copy serves the element types of x and y, and compiles once.
 template <class Dot, int kRows, int kGroups, class Source>
 [[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals, std::ptrdiff_t stride) {
-  constexpr int kCount = kGroups * kVectors;
-  Vec sums[kRows][kCount];
-  unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) { sums[i.value / kCount][i.value % kCount] = zero(); });
+  constexpr int kSums = kGroups * Dot::kSums, kCount = kGroups * kVectors;
+  typename Dot::Sum sums[kRows][kSums];
+  unroll<kRows * kSums>([&](auto i) __attribute__((always_inline)) {
+    sums[i.value / kSums][i.value % kSums] = Dot::none();
+  });
 #pragma GCC unroll 1
   for (int cell = 0; cell < kBlock / kCell; ++cell) {
-    const auto prepared = source.template prepare<kCount>(cell);
+    const auto prepared = source.template prepare<kGroups>(cell);
     unroll<Dot::kSteps>([&](auto step) __attribute__((always_inline)) {
-      typename Dot::Weights weights[kCount];
-      unroll<kCount>([&](auto v) __attribute__((always_inline)) {
-        weights[v.value] = source.template weights<step.value>(prepared, v.value, cell);
+      typename Dot::Weights weights[kSums];
+      unroll<kSums>([&](auto v) __attribute__((always_inline)) {
+        weights[v.value] = source.template weights<step.value, v.value>(prepared, cell);
       });
       unroll<kRows>([&](auto row) __attribute__((always_inline)) {
-        const auto unit = Dot::broadcast(x + row.value * Dot::kUnits + cell * Dot::kSteps + step.value);
-        unroll<kCount>([&](auto v) __attribute__((always_inline)) {
-          sums[row.value][v.value] = Dot::dot(sums[row.value][v.value], weights[v.value], unit);
+        const auto units = Dot::broadcast(x + row.value * Dot::kUnits + (cell * Dot::kSteps + step.value) * Dot::kStepUnits);
+        unroll<kSums>([&](auto v) __attribute__((always_inline)) {
+          sums[row.value][v.value] = Dot::dot(sums[row.value][v.value], weights[v.value], units);
         });
       });
     });
@@ -117,7 +183,8 @@ template <class Dot, int kRows, int kGroups, class Source>
   unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
     constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
     float* total = totals + kRow * stride + kVector * kLanes;
-    store(total, source.finish(kVector, sums[kRow][kVector], load(total)));
+    const Vec sum = Dot::value(sums[kRow], kVector, x + kRow * Dot::kUnits);
+    store(total, source.finish(kVector, sum, load(total)));
   });
 }
 
@@ -129,14 +196,13 @@ struct TileSource {
   std::ptrdiff_t scale_stride;
 
   struct Nothing {};
-  template <int kCount>
+  template <int kGroups>
   Nothing prepare(int) const {
     return {};
   }
-  template <int kStep>
-  typename Dot::Weights weights(Nothing, int vector, int cell) const {
-    const std::ptrdiff_t at = (vector / kVectors) * Tile<Dot>::kGroupWords + (vector % kVectors) * kLanes;
-    return Dot::read(tile + at + std::ptrdiff_t{cell * Dot::kSteps + kStep} * kGroup);
+  template <int kStep, int kSum>
+  typename Dot::Weights weights(Nothing, int cell) const {
+    return Dot::read(tile + tile_offset<Dot>(kSum, cell, kStep));
   }
   Vec finish(int vector, Vec sum, Vec total) const {
     if constexpr (kScaled) {
@@ -150,29 +216,26 @@ struct TileSource {
 // One block of all rows of a chunk: x is [rows][kUnits].
 template <class Dot, int kGroups, class Source>
 inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int64_t rows, Totals& totals) {
+  const auto multiply = [&](auto count, std::int64_t row) __attribute__((always_inline)) {
+    multiply_block<Dot, count.value, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
+                                              Totals::kStride);
+  };
+  constexpr int kRows = Dot::kTileRows;
   std::int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    multiply_block<Dot, kTileRows, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
-                                            Totals::kStride);
-  }
-  if constexpr (kTileRows > 4) {
+  for (; row + kRows <= rows; row += kRows) multiply(Index<kRows>{}, row);
+  if constexpr (kRows > 4) {
     if (row + 4 <= rows) {
-      multiply_block<Dot, 4, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
-                                      Totals::kStride);
+      multiply(Index<4>{}, row);
       row += 4;
     }
   }
-  if constexpr (kTileRows > 2) {
+  if constexpr (kRows > 2) {
     if (row + 2 <= rows) {
-      multiply_block<Dot, 2, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
-                                      Totals::kStride);
+      multiply(Index<2>{}, row);
       row += 2;
     }
   }
-  if (row < rows) {
-    multiply_block<Dot, 1, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
-                                    Totals::kStride);
-  }
+  if (row < rows) multiply(Index<1>{}, row);
 }
 
 // Totals of `rows` rows and `groups` groups, plus bias, to y[:, column ...] of a matrix with `outputs` columns.

@@ -8,6 +8,7 @@ namespace peftserve::PEFTSERVE_ISA {
 void nf4_linear(const Nf4Linear& args);
 void linear_logits(const LinearLogits& args);
 void rms_norm(const RmsNorm& args);
+void residual_add(const ResidualAdd& args);
 void silu_mul(const SiluMul& args);
 bool embedding(const Embedding& args);
 void rope_and_store_kv(const RopeAndStoreKv& args);

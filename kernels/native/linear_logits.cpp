@@ -3,10 +3,12 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "widen.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
 // Fetches one of `shares` parts of the `count` values from `first` on: a panel of the weights is contiguous, but read in
 // short pieces of many rows, which the hardware does not see coming.
 template <class W>
@@ -62,6 +64,138 @@ void product(const LinearLogits& args) {
     parallel_phases(team, rows, pack, panels, multiply);
   }
 }
+#endif
+
+// Without bf16 instructions lanes are columns of x and of the weights: nothing is transposed and nothing broadcast. An
+// output is one chain of products a lane, columns ascending, and then the lanes' sum.
+
+// How a step reads one row of weights: kVectors vectors, which pair up with as many of x in the order that `pack` gives.
+template <class W>
+struct Step {
+  static constexpr int kVectors = 1;
+  static constexpr int kColumns = kLanes;
+  static void read(const W* p, Vec (&weights)[kVectors]) { weights[0] = load(p); }
+  static void pack(const float (&x)[kColumns], float* packed) { std::memcpy(packed, x, sizeof x); }
+};
+#if defined(PEFTSERVE_SIMD_AVX2)
+// Two bf16 in a word: the even columns moved up, the odd ones masked. Half the work of widening each by itself.
+template <>
+struct Step<Bf16> {
+  static constexpr int kVectors = 2;
+  static constexpr int kColumns = 2 * kLanes;
+  static void read(const Bf16* p, Vec (&weights)[kVectors]) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    weights[0] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    weights[1] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static void pack(const float (&x)[kColumns], float* packed) {
+    for (int i = 0; i < kColumns; ++i) packed[i % 2 * kLanes + i / 2] = x[i];
+  }
+};
+#endif
+
+template <class X, class W>
+class RowProduct {
+ public:
+  explicit RowProduct(const LinearLogits& args)
+      : args_(args),
+        x_(static_cast<const X*>(args.x)),
+        weights_(static_cast<const W*>(args.weight)),
+        steps_((args.columns + kColumns - 1) / kColumns),
+        whole_(args.columns / kColumns),
+        width_(steps_ * kColumns) {}
+
+  void run() const {
+    auto* packed = scratch<float>(static_cast<std::size_t>(args_.rows * width_));
+    const auto pack = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) pack_row(x_ + row * args_.columns, packed + row * width_);
+    };
+    const auto multiply = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t panel = begin; panel < end; ++panel) this->panel(packed, panel * kPanel);
+    };
+    const int team = team_size(args_.threads, args_.rows * args_.columns * args_.outputs);
+    parallel_phases(team, args_.rows, pack, (args_.outputs + kPanel - 1) / kPanel, multiply);
+  }
+
+ private:
+  static constexpr int kColumns = Step<W>::kColumns, kVectors = Step<W>::kVectors;
+  static constexpr std::int64_t kPanel = 16;  // rows of weights that stay in the cache while all rows of x pass
+
+  void pack_row(const X* x, float* packed) const {
+    for (std::int64_t column = 0; column < width_; column += kColumns) {
+      float values[kColumns] = {};
+      const std::int64_t left = args_.columns - column;
+      widen_row(x + column, left < kColumns ? left : kColumns, values);
+      Step<W>::pack(values, packed + column);
+    }
+  }
+
+  void panel(const float* x, std::int64_t first) const {
+    const std::int64_t end = first + kPanel < args_.outputs ? first + kPanel : args_.outputs;
+    std::int64_t row = 0;
+    for (; row + 2 <= args_.rows; row += 2) outputs<2, 4>(x + row * width_, row, first, end);
+    if (row < args_.rows) outputs<1, 8>(x + row * width_, row, first, end);
+  }
+
+  template <int kRows, int kOutputs>
+  void outputs(const float* x, std::int64_t row, std::int64_t output, std::int64_t end) const {
+    for (; output + kOutputs <= end; output += kOutputs) tile<kRows, kOutputs>(x, row, output);
+    for (; output < end; ++output) tile<kRows, 1>(x, row, output);
+  }
+
+  template <int kRows, int kOutputs>
+  void tile(const float* x, std::int64_t row, std::int64_t output) const {
+    const W* weights = weights_ + output * args_.columns;
+    // A single row of x leaves no time to wait for memory: the next rows of weights are fetched meanwhile.
+    const bool fetches = kRows == 1 && output + 2 * kOutputs <= args_.outputs;
+    Vec sums[kRows][kOutputs];
+    unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
+      sums[i.value / kOutputs][i.value % kOutputs] = zero();
+    });
+    const auto step = [&](std::int64_t column, const auto& row_of) __attribute__((always_inline)) {
+      Vec inputs[kRows][kVectors];
+      unroll<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+        constexpr int kRow = decltype(i)::value / kVectors, kVector = decltype(i)::value % kVectors;
+        inputs[kRow][kVector] = load(x + kRow * width_ + column + kVector * kLanes);
+      });
+      unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
+        Vec read[kVectors];
+        Step<W>::read(row_of(o), read);
+        unroll<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+          constexpr int kRow = decltype(i)::value / kVectors, kVector = decltype(i)::value % kVectors;
+          sums[kRow][o.value] = fma(read[kVector], inputs[kRow][kVector], sums[kRow][o.value]);
+        });
+      });
+    };
+    for (std::int64_t column = 0; column < whole_ * kColumns; column += kColumns) {
+      if (fetches) {
+        unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
+          __builtin_prefetch(weights + (kOutputs + o.value) * args_.columns + column);
+        });
+      }
+      step(column, [&](auto o) __attribute__((always_inline)) { return weights + o.value * args_.columns + column; });
+    }
+    if (whole_ < steps_) {
+      const std::int64_t column = whole_ * kColumns;
+      W last[kOutputs][kColumns] = {};
+      for (int o = 0; o < kOutputs; ++o) {
+        std::memcpy(last[o], weights + o * args_.columns + column,
+                    static_cast<std::size_t>(args_.columns - column) * sizeof(W));
+      }
+      step(column, [&](auto o) __attribute__((always_inline)) { return last[o.value]; });
+    }
+    unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
+      constexpr int kRow = decltype(i)::value / kOutputs, kOutput = decltype(i)::value % kOutputs;
+      args_.y[(row + kRow) * args_.outputs + output + kOutput] = sum(sums[kRow][kOutput]);
+    });
+  }
+
+  const LinearLogits& args_;
+  const X* x_;
+  const W* weights_;
+  std::int64_t steps_, whole_;  // all steps of a row, and those without columns past its end
+  std::int64_t width_;          // of a packed row of x
+};
 
 }  // namespace
 
@@ -71,8 +205,8 @@ void linear_logits(const LinearLogits& args) {
     return product<PairDot, Bf16, Bf16>(args);
   }
 #endif
-  if (args.x_dtype == Dtype::kBfloat16) return product<FloatDot, Bf16, Bf16>(args);
-  with_type(args.weight_dtype, [&](auto weight) { product<FloatDot, float, typename decltype(weight)::type>(args); });
+  if (args.x_dtype == Dtype::kBfloat16) return RowProduct<Bf16, Bf16>(args).run();
+  with_type(args.weight_dtype, [&](auto weight) { RowProduct<float, typename decltype(weight)::type>(args).run(); });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -1,12 +1,16 @@
 // The Python module `peftserve_kernels.cpu._native`: one function an op, on addresses and sizes.
 //
 // It checks nothing: the launchers in Python have. Calls keep the interpreter lock: they are short, and giving it up
-// hundreds of times a step would let any busy thread take it for a switch interval each time.
+// hundreds of times a step would let any busy thread take it for a switch interval each time. A replayed tape is one
+// long call, and gives it up.
+#include <array>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "isa.h"
+#include "tape.h"
 
 namespace nb = nanobind;
 
@@ -46,35 +50,45 @@ std::size_t read_slices(nb::handle slices, LoraAdd::Slice* to, std::size_t most)
 NB_MODULE(_native, m) {
   m.def("supported_isas", supported_isas, "Instruction sets that this processor can run, best first.");
   m.def("set_isa", set_isa, nb::arg("isa"), "Use one of them from now on; false, and no change, for any other name.");
+  nb::class_<Tape>(m, "Tape")
+      .def(nb::init<>())
+      .def("start", &Tape::start, "From here on every call is recorded too; one tape at a time.")
+      .def("stop", &Tape::stop)
+      .def("replay", &Tape::replay, nb::call_guard<nb::gil_scoped_release>())
+      .def("__len__", &Tape::size);
   m.def("nf4_linear", [](Address x, Address y, Address packed, Address absmax, Address bias, int dtype,
                          std::int64_t rows, std::int64_t columns, std::int64_t outputs, int threads) {
-    current->nf4_linear({at<void>(x), at<void>(y), at<std::uint32_t>(packed), at<float>(absmax), at<float>(bias),
+    call(current->nf4_linear, Nf4Linear{at<void>(x), at<void>(y), at<std::uint32_t>(packed), at<float>(absmax), at<float>(bias),
                          static_cast<Dtype>(dtype), rows, columns, outputs, threads});
   });
   m.def("linear_logits", [](Address x, Address weight, Address y, int x_dtype, int weight_dtype, std::int64_t rows,
                             std::int64_t columns, std::int64_t outputs, int threads) {
-    current->linear_logits({at<void>(x), at<void>(weight), at<float>(y), static_cast<Dtype>(x_dtype),
+    call(current->linear_logits, LinearLogits{at<void>(x), at<void>(weight), at<float>(y), static_cast<Dtype>(x_dtype),
                             static_cast<Dtype>(weight_dtype), rows, columns, outputs, threads});
   });
   m.def("rms_norm", [](Address x, Address weight, Address y, int dtype, int out_dtype, std::int64_t rows,
                        std::int64_t columns, float eps, int threads) {
-    current->rms_norm({at<void>(x), at<float>(weight), at<void>(y), static_cast<Dtype>(dtype),
+    call(current->rms_norm, RmsNorm{at<void>(x), at<float>(weight), at<void>(y), static_cast<Dtype>(dtype),
                        static_cast<Dtype>(out_dtype), rows, columns, eps, threads});
+  });
+  m.def("residual_add", [](Address residual, Address hidden, Address y, int dtype, std::int64_t count, int threads) {
+    call(current->residual_add,
+         ResidualAdd{at<float>(residual), at<void>(hidden), at<float>(y), static_cast<Dtype>(dtype), count, threads});
   });
   m.def("silu_mul",
         [](Address gate_up, Address y, int dtype, std::int64_t rows, std::int64_t columns, int threads) {
-          current->silu_mul({at<void>(gate_up), at<void>(y), static_cast<Dtype>(dtype), rows, columns, threads});
+          call(current->silu_mul, SiluMul{at<void>(gate_up), at<void>(y), static_cast<Dtype>(dtype), rows, columns, threads});
         });
   m.def("embedding", [](Address ids, Address table, Address y, bool wide_ids, int dtype, std::int64_t rows,
                         std::int64_t entries, std::int64_t columns, int threads) {
-    return current->embedding({at<void>(ids), at<void>(table), at<float>(y), wide_ids, static_cast<Dtype>(dtype), rows,
+    return call(current->embedding, Embedding{at<void>(ids), at<void>(table), at<float>(y), wide_ids, static_cast<Dtype>(dtype), rows,
                                entries, columns, threads});
   });
   m.def("rope_and_store_kv",
         [](Address qkv, Address cos_sin, Address k_cache, Address v_cache, Address slots, Address q, Address q_norm,
            Address k_norm, int dtype, int cache_dtype, std::int64_t rows, std::int64_t num_heads,
            std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t page_size, float eps, int threads) {
-          current->rope_and_store_kv({at<void>(qkv), at<float>(cos_sin), at<void>(k_cache), at<void>(v_cache),
+          call(current->rope_and_store_kv, RopeAndStoreKv{at<void>(qkv), at<float>(cos_sin), at<void>(k_cache), at<void>(v_cache),
                                       at<std::int64_t>(slots), at<void>(q), at<float>(q_norm), at<float>(k_norm),
                                       static_cast<Dtype>(dtype), static_cast<Dtype>(cache_dtype), rows, num_heads,
                                       num_kv_heads, head_dim, page_size, eps, threads});
@@ -84,7 +98,7 @@ NB_MODULE(_native, m) {
                               std::int64_t tokens, std::int64_t sequences, std::int64_t max_blocks,
                               std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
                               std::int64_t page_size, std::int64_t window, float scale, int threads) {
-    current->paged_attention({at<void>(q), at<void>(out), at<void>(k_cache), at<void>(v_cache),
+    call(current->paged_attention, PagedAttention{at<void>(q), at<void>(out), at<void>(k_cache), at<void>(v_cache),
                               at<std::int32_t>(block_tables), at<std::int32_t>(query_start),
                               at<std::int32_t>(context_len), static_cast<Dtype>(dtype),
                               static_cast<Dtype>(cache_dtype), tokens, sequences, max_blocks, num_heads, num_kv_heads,
@@ -95,12 +109,20 @@ NB_MODULE(_native, m) {
                        int arena_dtype, std::int64_t tokens, std::int64_t columns, std::int64_t y_stride,
                        std::int64_t segments, std::int64_t layer, std::int64_t layers, std::int64_t targets,
                        std::int64_t pages, int threads) {
-    LoraAdd::Slice slice[kMaxSlices];
-    const auto count = static_cast<std::int64_t>(read_slices(slices, slice, kMaxSlices));
-    current->lora_add({at<void>(y), at<void>(x), at<std::int32_t>(start), at<std::int32_t>(slot), at<void>(arena),
-                       at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(row_scale), at<std::int64_t>(a_page),
-                       at<std::int64_t>(b_page), slice, static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype),
-                       tokens, columns, y_stride, segments, count, layer, layers, targets, pages, threads});
+    std::array<LoraAdd::Slice, kMaxSlices> pieces;
+    const auto count = static_cast<std::int64_t>(read_slices(slices, pieces.data(), kMaxSlices));
+    LoraAdd args{at<void>(y), at<void>(x), at<std::int32_t>(start), at<std::int32_t>(slot), at<void>(arena),
+                 at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(row_scale), at<std::int64_t>(a_page),
+                 at<std::int64_t>(b_page), pieces.data(), static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype),
+                 tokens, columns, y_stride, segments, count, layer, layers, targets, pages, threads};
+    const auto op = current->lora_add;
+    op(args);
+    if (Tape::recording == nullptr) return;
+    Tape::recording->add([op, args, pieces]() mutable {
+      args.slice = pieces.data();  // a tape keeps its own copy
+      op(args);
+      return true;
+    });
   });
   m.def("bottleneck_add", [](Address stream, Address hidden, Address residual, Address start, Address slot,
                              Address arena, Address width, Address scale, Address down_page, Address up_page,
@@ -108,7 +130,7 @@ NB_MODULE(_native, m) {
                              int arena_dtype, std::int64_t tokens, std::int64_t columns, std::int64_t segments,
                              std::int64_t layer, std::int64_t site, std::int64_t layers, std::int64_t pages,
                              int threads) {
-    current->bottleneck_add({at<float>(stream), at<void>(hidden), at<float>(residual), at<std::int32_t>(start),
+    call(current->bottleneck_add, BottleneckAdd{at<float>(stream), at<void>(hidden), at<float>(residual), at<std::int32_t>(start),
                              at<std::int32_t>(slot), at<void>(arena), at<std::int32_t>(width), at<float>(scale),
                              at<std::int64_t>(down_page), at<std::int64_t>(up_page), at<std::int64_t>(down_bias),
                              at<std::int64_t>(up_bias), at<std::int32_t>(activation), at<std::int32_t>(input_mode),
@@ -117,7 +139,7 @@ NB_MODULE(_native, m) {
   });
   m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
                      Address uniform, Address ids, std::int64_t rows, std::int64_t vocab, int threads) {
-    current->sample({at<float>(logits), at<float>(temperature), at<std::int32_t>(top_k), at<float>(top_p),
+    call(current->sample, Sample{at<float>(logits), at<float>(temperature), at<std::int32_t>(top_k), at<float>(top_p),
                      at<float>(min_p), at<double>(uniform), at<std::int64_t>(ids), rows, vocab, threads});
   });
 }

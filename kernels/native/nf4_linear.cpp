@@ -29,15 +29,26 @@ alignas(64) constexpr float kLevels[16] = {
 // Which of a cell's eight columns lies in which nibble of its word, from the low bits up: the high nibble comes first.
 constexpr int kColumnOfNibble[kCell] = {1, 0, 3, 2, 5, 4, 7, 6};
 
+// Up to how many rows weights are decoded on the way to the product, and for how many groups at a time.
+template <class Dot>
+struct Fused {
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
-constexpr int kFusedRows = 8;
-constexpr int fused_groups(int rows) { return rows <= 4 ? 4 : 3; }
+  static constexpr int kRows = 8;
+  static constexpr int groups(int rows) { return rows <= 4 ? 4 : 3; }
 #elif defined(PEFTSERVE_SIMD_AVX2)
-constexpr int kFusedRows = 4;
-constexpr int fused_groups(int rows) { return rows <= 2 ? 2 : 1; }
+  static constexpr int kRows = 4;
+  static constexpr int groups(int rows) { return rows <= 2 ? 2 : 1; }
 #else
-constexpr int kFusedRows = 2;
-constexpr int fused_groups(int) { return 1; }
+  static constexpr int kRows = 2;
+  static constexpr int groups(int) { return 1; }
+#endif
+};
+#if defined(PEFTSERVE_SIMD_AVX2)
+template <>
+struct Fused<ShortDot> {
+  static constexpr int kRows = 2;
+  static constexpr int groups(int) { return 1; }
+};
 #endif
 
 template <class Dot>
@@ -81,6 +92,52 @@ void pack_row(PairDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block
 }
 #endif
 
+#if defined(PEFTSERVE_SIMD_AVX2)
+template <>
+ShortDot::Levels levels<ShortDot>() {
+  alignas(32) std::int16_t shorts[16];
+  for (int i = 0; i < 16; ++i) {
+    const float scaled = kLevels[i] * ShortDot::kLargestLevel;
+    shorts[i] = static_cast<std::int16_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
+  }
+  return load_short_table(shorts);
+}
+
+// The largest magnitude among 64 bf16, as bits; from 0x7f80 on it is infinite or NaN.
+int largest_bits(const Bf16* x) {
+  __m256i largest = _mm256_setzero_si256();
+  for (int at = 0; at < kBlock; at += 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + at));
+    largest = _mm256_max_epi16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
+  }
+  // the smallest of the complements, found by the one horizontal instruction there is
+  const __m128i half = _mm_max_epi16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  return 0xffff ^ (_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)))) & 0xffff);
+}
+
+// A block that holds an infinity or NaN gives NaN: its scale is NaN. One of nothing but zeros (or magnitudes below
+// 1e-34, whose inverse overflows) counts as zero.
+void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
+  // columns 1 3 5 7 of a cell, then 0 2 4 6
+  const __m128i order = _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
+  for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits(x + column)) << 16;
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
+    const bool is_finite = bits < 0x7f800000u, is_zero = largest < 1e-34f;
+    const float scale = is_finite ? largest / (ShortDot::kLargest * ShortDot::kLargestLevel) : __builtin_nanf("");
+    const Vec factor = broadcast(!is_finite || is_zero ? 0.0f : ShortDot::kLargest / largest);
+    for (int cell = 0; cell < kBlock / kCell; ++cell) {
+      const __m256i whole = _mm256_cvtps_epi32(mul(load(x + column + cell * kCell), factor));
+      const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(units + cell * 4), _mm_shuffle_epi8(shorts, order));
+    }
+    const float kept = is_zero ? 0.0f : scale;
+    std::memcpy(units + ShortDot::kBlockUnits, &kept, sizeof kept);
+  }
+}
+#endif
+
 // Weights decoded on the way from memory to the product.
 template <class Dot>
 struct PackedSource {
@@ -90,26 +147,41 @@ struct PackedSource {
   std::ptrdiff_t scale_stride;
   typename Dot::Levels levels;
 
-  template <int kCount>
+  template <int kGroups>
   struct Cell {
-    Words words[kCount];
+    Words words[kGroups * kVectors];
   };
-  template <int kCount>
-  Cell<kCount> prepare(int cell) const {
-    Cell<kCount> prepared;
-    unroll<kCount>([&](auto v) __attribute__((always_inline)) {
+  template <int kGroups>
+  Cell<kGroups> prepare(int cell) const {
+    Cell<kGroups> prepared;
+    unroll<kGroups * kVectors>([&](auto v) __attribute__((always_inline)) {
       prepared.words[v.value] = load_words(words + (v.value / kVectors) * word_stride + std::ptrdiff_t{cell} * kGroup +
                                            (v.value % kVectors) * kLanes);
     });
     return prepared;
   }
-  template <int kStep, int kCount>
-  typename Dot::Weights weights(const Cell<kCount>& prepared, int vector, int) const {
-    return Dot::template decode<kStep>(levels, prepared.words[vector]);
+  template <int kStep, int kSum, int kGroups>
+  typename Dot::Weights weights(const Cell<kGroups>& prepared, int) const {
+    return decoded<kStep, kSum>(Dot{}, prepared);
   }
   Vec finish(int vector, Vec sum, Vec total) const {
     return fma(sum, load(scales + (vector / kVectors) * scale_stride + (vector % kVectors) * kLanes), total);
   }
+
+ private:
+  template <int kStep, int kSum, class AnyDot, int kGroups>
+  typename Dot::Weights decoded(AnyDot, const Cell<kGroups>& prepared) const {
+    return Dot::template decode<kStep>(levels, prepared.words[kSum]);
+  }
+#if defined(PEFTSERVE_SIMD_AVX2)
+  // Two vectors of sums for each vector of words.
+  template <int kStep, int kSum, int kGroups>
+  __m256i decoded(ShortDot, const Cell<kGroups>& prepared) const {
+    const __m256i words = prepared.words[kSum / 2];
+    const __m256i index = _mm256_and_si256(kStep == 0 ? words : _mm256_srli_epi32(words, 4), _mm256_set1_epi8(15));
+    return look_up_shorts<kSum % 2 == 1>(levels, index);
+  }
+#endif
 };
 
 inline void prefetch_block(const std::uint32_t* words) {
@@ -129,7 +201,7 @@ class Product {
 
   void run() const {
     const int team = team_size(args_.threads, args_.rows * args_.columns * args_.outputs);
-    if (args_.rows <= kFusedRows) {
+    if (args_.rows <= Fused<Dot>::kRows) {
       parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) { few_rows<1>(begin, end); });
       return;
     }
@@ -163,14 +235,14 @@ class Product {
     if (args_.rows == kRows) {
       auto* units = scratch<std::uint32_t>(unit_count(kRows));
       pack(0, kRows, 0, kRows, units);
-      constexpr int kGroups = fused_groups(kRows);
+      constexpr int kGroups = Fused<Dot>::groups(kRows);
       std::int64_t group = begin;
       for (; group + kGroups <= end; group += kGroups) fused<kRows, kGroups>(units, group);
       if constexpr (kGroups >= 4) {
         for (; group + kGroups / 2 <= end; group += kGroups / 2) fused<kRows, kGroups / 2>(units, group);
       }
       for (; group < end; ++group) fused<kRows, 1>(units, group);
-    } else if constexpr (kRows < kFusedRows) {
+    } else if constexpr (kRows < Fused<Dot>::kRows) {
       few_rows<kRows + 1>(begin, end);
     }
   }
@@ -216,12 +288,11 @@ class Product {
   template <int kGroups>
   static void decode(const PackedSource<Dot>& packed, Tile<Dot>& tile) {
     for (int cell = 0; cell < kBlock / kCell; ++cell) {
-      const auto prepared = packed.template prepare<kGroups * kVectors>(cell);
+      const auto prepared = packed.template prepare<kGroups>(cell);
       unroll<Dot::kSteps>([&](auto step) __attribute__((always_inline)) {
-        unroll<kGroups * kVectors>([&](auto v) __attribute__((always_inline)) {
-          const std::ptrdiff_t at = (v.value / kVectors) * Tile<Dot>::kGroupWords + (v.value % kVectors) * kLanes;
-          Dot::write(tile.words + at + std::ptrdiff_t{cell * Dot::kSteps + step.value} * kGroup,
-                     packed.template weights<step.value>(prepared, v.value, cell));
+        unroll<kGroups * Dot::kSums>([&](auto v) __attribute__((always_inline)) {
+          Dot::write(tile.words + tile_offset<Dot>(v.value, cell, step.value),
+                     packed.template weights<step.value, v.value>(prepared, cell));
         });
       });
     }
@@ -243,6 +314,8 @@ void nf4_linear(const Nf4Linear& args) {
     case Dtype::kBfloat16:
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
       return Product<PairDot, Bf16>(args).run();
+#elif defined(PEFTSERVE_SIMD_AVX2)
+      return Product<ShortDot, Bf16>(args).run();
 #else
       return Product<FloatDot, Bf16>(args).run();
 #endif

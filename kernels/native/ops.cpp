@@ -9,6 +9,7 @@ const Ops kOps{
     .nf4_linear = nf4_linear,
     .linear_logits = linear_logits,
     .rms_norm = rms_norm,
+    .residual_add = residual_add,
     .silu_mul = silu_mul,
     .embedding = embedding,
     .rope_and_store_kv = rope_and_store_kv,

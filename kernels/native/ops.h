@@ -39,6 +39,15 @@ struct RmsNorm {
   int threads;
 };
 
+struct ResidualAdd {
+  const float* residual;  // [count]
+  const void* hidden;     // [count] of `dtype`
+  float* y;               // [count], `residual` itself perhaps
+  Dtype dtype;
+  std::int64_t count;
+  int threads;
+};
+
 struct SiluMul {
   const void* gate_up;  // [rows, 2 columns] of `dtype`
   void* y;              // [rows, columns] of `dtype`
@@ -143,6 +152,7 @@ struct Ops {
   void (*nf4_linear)(const Nf4Linear&);
   void (*linear_logits)(const LinearLogits&);
   void (*rms_norm)(const RmsNorm&);
+  void (*residual_add)(const ResidualAdd&);
   void (*silu_mul)(const SiluMul&);
   bool (*embedding)(const Embedding&);  // false, and nothing written, for an id outside the table
   void (*rope_and_store_kv)(const RopeAndStoreKv&);

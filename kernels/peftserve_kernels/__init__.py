@@ -17,6 +17,7 @@ from peftserve_kernels.nf4_linear import nf4_linear, prepare_nf4
 from peftserve_kernels.paged_attention import AttentionBatch, paged_attention
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
 from peftserve_kernels.rank_pages import RANK_PAGE_ROWS, rank_pages, read_rank_rows
+from peftserve_kernels.residual_add import residual_add
 from peftserve_kernels.rms_norm import rms_norm
 from peftserve_kernels.rope import rope_and_store_kv
 from peftserve_kernels.sample import sample
@@ -52,6 +53,7 @@ __all__ = [
     "prepare_nf4",
     "rank_pages",
     "read_rank_rows",
+    "residual_add",
     "rms_norm",
     "rope_and_store_kv",
     "sample",

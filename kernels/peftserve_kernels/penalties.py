@@ -1,9 +1,11 @@
 """apply_penalties: what requests add to or take from logits before a token is picked."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,33 +49,43 @@ class Penalties:
 
     @classmethod
     def build(cls, rows: Sequence[RowPenalties], device: torch.device | str = "cpu") -> "Penalties":
-        """From host values, one entry a row of the logits. Rows without penalties cost nothing."""
-        seen: list[tuple[int, int, int]] = []
-        bias: list[tuple[int, int, float]] = []
-        for index, row in enumerate(rows):
-            if row.output_counts and (row.repetition != 1.0 or row.presence or row.frequency):
-                seen.extend((index, token, count) for token, count in row.output_counts.items())
-            if row.bias:
-                bias.extend((index, token, value) for token, value in row.bias.items() if token not in row.banned)
-            bias.extend((index, token, -torch.inf) for token in row.banned)
+        """From host values, one entry a row of the logits. Rows without penalties cost nothing.
 
-        def ids(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        def floats(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
+        Built every step, over all tokens that the rows have seen: by numpy, without a Python step a token.
+        """
+        seen = [
+            (index, row.output_counts)
+            for index, row in enumerate(rows)
+            if row.output_counts and (row.repetition != 1.0 or row.presence or row.frequency)
+        ]
+        biases = [(index, _biases(row)) for index, row in enumerate(rows) if row.bias or row.banned]
         return cls(
-            seen_row=ids([row for row, _, _ in seen]),
-            seen_token=ids([token for _, token, _ in seen]),
-            seen_count=floats([count for _, _, count in seen]),
-            repetition=floats([row.repetition for row in rows]),
-            presence=floats([row.presence for row in rows]),
-            frequency=floats([row.frequency for row in rows]),
-            bias_row=ids([row for row, _, _ in bias]),
-            bias_token=ids([token for _, token, _ in bias]),
-            bias_value=floats([value for _, _, value in bias]),
+            seen_row=_row_of(seen, device),
+            seen_token=_flat([counts.keys() for _, counts in seen], np.int64, device),
+            seen_count=_flat([counts.values() for _, counts in seen], np.float32, device),
+            repetition=_flat([[row.repetition for row in rows]], np.float32, device),
+            presence=_flat([[row.presence for row in rows]], np.float32, device),
+            frequency=_flat([[row.frequency for row in rows]], np.float32, device),
+            bias_row=_row_of(biases, device),
+            bias_token=_flat([bias.keys() for _, bias in biases], np.int64, device),
+            bias_value=_flat([bias.values() for _, bias in biases], np.float32, device),
         )
+
+
+def _biases(row: RowPenalties) -> Mapping[int, float]:
+    return {**(row.bias or {}), **dict.fromkeys(row.banned, -math.inf)}
+
+
+def _row_of(groups: Sequence[tuple[int, Mapping[int, float]]], device: torch.device | str) -> Tensor:
+    rows = np.repeat(
+        np.array([index for index, _ in groups], np.int64), np.array([len(group) for _, group in groups], np.int64)
+    )
+    return torch.from_numpy(rows).to(device)
+
+
+def _flat(groups: Sequence[Collection[float]], dtype: type[np.generic], device: torch.device | str) -> Tensor:
+    parts = [np.fromiter(group, dtype, len(group)) for group in groups]
+    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype)).to(device)
 
 
 def apply_penalties(logits: Tensor, penalties: Penalties) -> None:

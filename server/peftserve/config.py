@@ -52,6 +52,9 @@ class EngineConfig(_Frozen):
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the engine; 0 takes the cores the process may use"
     )
+    eager: bool = Field(
+        False, description="Run every step op by op instead of replaying captured decode steps (to debug kernels)"
+    )
     max_model_len: int = Field(
         0,
         ge=0,

@@ -16,10 +16,14 @@ def configure(level: str = "info", format: Literal["console", "json"] | str = "c
     ]
     renderer: Any
     if format == "json":
-        shared.append(structlog.processors.dict_tracebacks)
+        shared.append(
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+        )
         renderer = structlog.processors.JSONRenderer()
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # Without local variables: they hold prompts, which are not for the log.
+        traceback = structlog.dev.RichTracebackFormatter(show_locals=False)
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=traceback)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

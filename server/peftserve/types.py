@@ -63,6 +63,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a penalty asks how often each token has come up."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. `n > 1` at the front door becomes n of these with ids and seeds of their own.

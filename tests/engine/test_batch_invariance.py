@@ -144,6 +144,7 @@ def test_the_fleet_covers_every_kind_and_generates(fleet: Fleet) -> None:
     late=st.integers(0, NUM_REQUESTS - 1),
     threads=st.sampled_from([1, 2, 3]),
     prefix_caching=st.booleans(),
+    eager=st.booleans(),
 )
 def test_output_bits_do_not_depend_on_company(
     fleet: Fleet,
@@ -154,6 +155,7 @@ def test_output_bits_do_not_depend_on_company(
     late: int,
     threads: int,
     prefix_caching: bool,
+    eager: bool,
 ) -> None:
     page_bytes = read_spec(fleet.checkpoint).kv_page_bytes(4, 2)
     core = fleet.core(
@@ -162,6 +164,7 @@ def test_output_bits_do_not_depend_on_company(
         kv_cache_bytes=num_pages * page_bytes,
         prefix_caching=prefix_caching,
         threads=threads,
+        eager=eager,
     )
     try:
         for _ in range(2):  # the second time with a warm cache

@@ -12,7 +12,7 @@ import torch
 
 from peftserve.adapters.store import AdapterStore
 from peftserve.engine.adapter_memory import HostAdapter, Placement
-from peftserve.engine.plan import PageCopy, Row, Sampled, SampleSpec, StepPlan, segments
+from peftserve.engine.plan import PageCopy, Row, Sampled, SampleSpec, StepPlan, count_tokens, segments
 from peftserve.model.adapter_memory import DeviceAdapterMemory
 from peftserve.model.config_reader import read_spec
 from peftserve.model.kv import KvCache
@@ -91,6 +91,7 @@ class Driver:
         arena_bytes: int = 1 << 27,
         num_slots: int = 16,
         max_rank: int = 64,
+        max_rows: int = 64,
     ) -> None:
         self.spec = read_spec(folder)
         self.kv = KvCache(self.spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=_CPU)
@@ -104,7 +105,7 @@ class Driver:
         )
         self._store = AdapterStore(store, self.spec, max_rank=max_rank) if store else None
         weights = load_weights(folder, self.spec, dtype, _CPU)
-        self.runner = Runner(weights, self.spec, self.kv, self.memory, max_context=max_context)
+        self.runner = Runner(weights, self.spec, self.kv, self.memory, max_context=max_context, max_rows=max_rows)
         self._page_size = page_size
         self._free = list(range(num_pages))
         random.Random(0).shuffle(self._free)
@@ -194,6 +195,7 @@ class Driver:
             pending = pending[: job.chunks[job._steps]]
         reaches_end = job._computed - job.virtual + len(pending) == len(job._fed)
         output = job._fed[len(job.prompt) :]
+        counts = count_tokens(job.prompt, output) if job.params.counts_tokens else None
         return Row(
             request_id=str(id(job)),
             kind=job.kind,
@@ -201,7 +203,7 @@ class Driver:
             token_ids=pending,
             num_computed=job._computed,
             block_table=job._table,
-            sample=SampleSpec(job.params, job.seed, job.prompt, output) if reaches_end else None,
+            sample=SampleSpec(job.params, job.seed, len(output), counts) if reaches_end else None,
         )
 
     def _pages(self, num_tokens: int) -> list[int]:

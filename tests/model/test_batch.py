@@ -10,7 +10,7 @@ from peftserve.model.batch import build_batch
 from peftserve.types import AdapterKind, SamplingParams
 
 CPU = torch.device("cpu")
-SAMPLE = SampleSpec(SamplingParams(max_tokens=1), 0, (), ())
+SAMPLE = SampleSpec(SamplingParams(max_tokens=1), 0, 0)
 
 
 def random_plan(seed: int, page_size: int) -> StepPlan:

@@ -25,7 +25,7 @@ def driver(folder: Path) -> Driver:
 
 
 def row(name: str, token_ids: list[int], computed: int, table: list[int], *, sample: bool = True) -> Row:
-    spec = SampleSpec(GREEDY, 0, PROMPT, ()) if sample else None
+    spec = SampleSpec(GREEDY, 0, 0) if sample else None
     return Row(name, AdapterKind.BASE, 0, token_ids, computed, table, spec)
 
 

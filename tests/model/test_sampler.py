@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftserve.engine.plan import SampleSpec
+from peftserve.engine.plan import SampleSpec, count_tokens
 from peftserve.engine.sampler import sample_rows, uniforms
 from peftserve.types import SamplingParams
 
@@ -23,7 +23,8 @@ def spec(
     **params: object,
 ) -> SampleSpec:
     sampling = SamplingParams(max_tokens=10, **params)  # type: ignore[arg-type]
-    return SampleSpec(sampling, seed, prompt, output, frozenset(banned))
+    counts = count_tokens(prompt, output) if sampling.counts_tokens else None
+    return SampleSpec(sampling, seed, len(output), counts, frozenset(banned))
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:

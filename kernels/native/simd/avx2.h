@@ -134,4 +134,26 @@ inline Vec look_up(const Table& table, Words words) {
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index), upper);
 }
 
+// Sixteen 16-bit levels as two tables of bytes.
+struct ShortTable {
+  __m256i low, high;
+};
+inline ShortTable load_short_table(const std::int16_t* levels) {
+  alignas(16) std::uint8_t low[16], high[16];
+  for (int i = 0; i < 16; ++i) {
+    low[i] = static_cast<std::uint8_t>(levels[i] & 0xff);
+    high[i] = static_cast<std::uint8_t>(levels[i] >> 8 & 0xff);
+  }
+  const auto twice = [](const std::uint8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  };
+  return {twice(low), twice(high)};
+}
+// The levels of bytes 0 .. 7 of each half (or 8 .. 15), looked up by the low four bits of each byte (high four zero).
+template <bool kUpper>
+inline __m256i look_up_shorts(const ShortTable& table, __m256i index) {
+  const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+  return kUpper ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+}
+
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -1,16 +1,17 @@
-"""rms_norm, silu_mul and embedding in C++: ops that treat each row alone."""
+"""rms_norm, residual_add, silu_mul and embedding in C++: ops that treat each row alone."""
 
 import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.tape import empty
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """See `peftserve_kernels.rms_norm`."""
     rows, columns = x.shape
     x, weight = x.contiguous(), weight.float().contiguous()
-    y = torch.empty((rows, columns), dtype=out_dtype)
+    y = empty((rows, columns), out_dtype)
     ops.rms_norm(
         x.data_ptr(),
         weight.data_ptr(),
@@ -25,11 +26,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> T
     return y
 
 
+def residual_add(residual: Tensor, hidden: Tensor, in_place: bool) -> Tensor:
+    """See `peftserve_kernels.residual_add`. Raises ValueError when residual is not contiguous."""
+    if not residual.is_contiguous():
+        raise ValueError(f"residual: must be contiguous, got strides {list(residual.stride())}")
+    hidden = hidden.contiguous()
+    y = residual if in_place else empty(residual.shape, torch.float32)
+    ops.residual_add(
+        residual.data_ptr(),
+        hidden.data_ptr(),
+        y.data_ptr(),
+        DTYPES[hidden.dtype],
+        hidden.numel(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `peftserve_kernels.silu_mul`."""
     rows, width = gate_up.shape
     gate_up = gate_up.contiguous()
-    y = torch.empty((rows, width // 2), dtype=gate_up.dtype)
+    y = empty((rows, width // 2), gate_up.dtype)
     ops.silu_mul(gate_up.data_ptr(), y.data_ptr(), DTYPES[y.dtype], rows, width // 2, torch.get_num_threads())
     return y
 
@@ -38,7 +56,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """See `peftserve_kernels.embedding`. Raises IndexError for an id outside the table."""
     (rows,), (entries, columns) = ids.shape, table.shape
     ids, table = ids.contiguous(), table.contiguous()
-    y = torch.empty((rows, columns), dtype=torch.float32)
+    y = empty((rows, columns), torch.float32)
     done = ops.embedding(
         ids.data_ptr(),
         table.data_ptr(),

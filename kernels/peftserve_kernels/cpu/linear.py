@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.tape import empty
 
 
 def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -12,7 +13,7 @@ def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
     if not x.dtype == weight.dtype == torch.bfloat16:
         x = x.float()
     x, weight = x.contiguous(), weight.contiguous()
-    logits = torch.empty((rows, outputs), dtype=torch.float32)
+    logits = empty((rows, outputs), torch.float32)
     ops.linear_logits(
         x.data_ptr(),
         weight.data_ptr(),

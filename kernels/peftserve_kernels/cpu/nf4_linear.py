@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, address, ops
+from peftserve_kernels.cpu.tape import empty
 from peftserve_kernels.nf4 import Nf4Layout, Nf4Weight
 
 
@@ -17,7 +18,7 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
     if weight.layout is not Nf4Layout.TILES:
         weight = weight.padded().tiled()
     x = x.contiguous()
-    y = torch.empty((rows, outputs), dtype=x.dtype)
+    y = empty((rows, outputs), x.dtype)
     if bias is not None:
         bias = bias.float().contiguous()
     ops.nf4_linear(

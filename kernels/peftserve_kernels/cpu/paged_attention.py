@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.tape import empty
 
 if TYPE_CHECKING:
     from peftserve_kernels.paged_attention import AttentionBatch
@@ -29,7 +30,7 @@ def paged_attention(
     tables = batch.block_tables
     sequences, max_blocks = tables.shape
     q = q.contiguous()
-    out = q.new_empty(tokens, num_heads * head_dim)
+    out = empty((tokens, num_heads * head_dim), q.dtype)
     ops.paged_attention(
         q.data_ptr(),
         out.data_ptr(),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, address, ops
+from peftserve_kernels.cpu.tape import empty
 
 
 def rope_and_store_kv(
@@ -25,7 +26,7 @@ def rope_and_store_kv(
     rows = qkv.shape[0]
     qkv, slots = qkv.contiguous(), slots.long().contiguous()
     cos_sin, q_norm, k_norm = (None if x is None else x.float().contiguous() for x in (cos_sin, q_norm, k_norm))
-    q = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype)
+    q = empty((rows, num_heads, head_dim), qkv.dtype)
     ops.rope_and_store_kv(
         qkv.data_ptr(),
         address(cos_sin),

@@ -55,7 +55,14 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         starvation_s=config.starvation_s,
         stop_token_ids=spec.stop_token_ids,
     )
-    runner = Runner(weights, spec, kv_memory, memory, max_context=max_model_len)
+    runner = Runner(
+        weights,
+        spec,
+        kv_memory,
+        memory,
+        max_context=max_model_len,
+        max_rows=0 if config.eager else config.max_num_seqs,
+    )
     info = EngineInfo(
         spec=spec,
         dtype=str(dtype).removeprefix("torch."),

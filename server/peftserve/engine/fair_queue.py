@@ -6,8 +6,9 @@ smallest counter of the busy ones, so that it cannot save up service. Among clie
 nobody; what the scheduler adds is ageing for those that cannot be placed (see `Scheduler`).
 """
 
+import heapq
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 
 from peftserve.engine.request import Request
 
@@ -73,7 +74,31 @@ class FairQueue:
         """The client was served `num_tokens`."""
         self._counters[request.fairness_key] += num_tokens * weight
 
-    def head(self, passed_over: Collection[Key]) -> Request | None:
-        """The next request to start, leaving out the clients in `passed_over`."""
-        heads = (queue[0] for key, queue in self._queues.items() if key not in passed_over)
-        return min(heads, key=lambda r: (self._counters[r.fairness_key], r.arrived), default=None)
+    def in_order(self) -> "FairOrder":
+        """The waiting clients as they stand now; good for one step."""
+        return FairOrder(self._queues, self._counters)
+
+
+class FairOrder:
+    """The first request of each waiting client, the one with the smallest counter first.
+
+    Looking at one costs the logarithm of the clients, so that a step with many that cannot be placed stays short.
+    """
+
+    def __init__(self, queues: Mapping[Key, deque[Request]], counters: Mapping[Key, float]) -> None:
+        self._queues = queues
+        self._counters = counters
+        self._heap = [self._entry(key) for key in queues]
+        heapq.heapify(self._heap)
+
+    def next(self) -> Request | None:
+        """The next request to start; its client does not come up again unless it is `served`."""
+        return self._queues[heapq.heappop(self._heap)[-1]][0] if self._heap else None
+
+    def served(self, request: Request) -> None:
+        """The request has started and been charged: its client's next one takes its place in the order."""
+        if request.fairness_key in self._queues:
+            heapq.heappush(self._heap, self._entry(request.fairness_key))
+
+    def _entry(self, key: Key) -> tuple[float, float, Key]:
+        return self._counters[key], self._queues[key][0].arrived, key

@@ -4,7 +4,8 @@ The flat batch holds the tokens of all rows one after another. Rows are ordered 
 the tokens of one adapter are one contiguous segment: no sort, no gather, and kernels see only `Segments`.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peftserve.types import AdapterKind, SamplingParams, TokenLogprobs
@@ -14,17 +15,24 @@ from peftserve.types import AdapterKind, SamplingParams, TokenLogprobs
 class SampleSpec:
     """How to pick the next token of a row.
 
-    `prompt_token_ids` and `output_token_ids` are read for penalties only (a read-only view of the request's own lists);
-    `len(output_token_ids)` is also the position in the request's random stream, so that a seed gives the same tokens
-    whatever else runs and also after a preemption. `seed` is always set (drawn at arrival when the client gave none).
+    `position` is that token's place in the output, and in the request's random stream, so that a seed gives the same
+    tokens whatever else runs and also after a preemption. `seed` is always set (drawn at arrival when the client gave
+    none). `token_counts` (see `count_tokens`) is there when a penalty needs it: a view of the request's own.
     `banned_token_ids` may not be sampled now (end-of-sequence and stop tokens below `min_tokens`).
     """
 
     params: SamplingParams
     seed: int
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
+    position: int
+    token_counts: Mapping[int, int] | None = None
     banned_token_ids: frozenset[int] = frozenset()
+
+
+def count_tokens(prompt: Sequence[int], output: Sequence[int]) -> dict[int, int]:
+    """How often each token stands in `output`, with 0 for those that stand only in `prompt`."""
+    counts = dict.fromkeys(prompt, 0)
+    counts.update(Counter(output))
+    return counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from peftserve.engine.plan import count_tokens
 from peftserve.types import EngineRequest
 
 
@@ -31,7 +32,9 @@ class Request:
     `token_ids` is prompt + output. `num_virtual_tokens` is the length of the adapter's prefix, known once it is loaded.
     `num_computed` counts KV positions that are filled, the prefix included, so the next token goes to position
     `num_computed`. `block_table` holds the adapter's `num_shared_pages` first, then pages of the request's own.
-    `page_hashes[i]` is the chained hash of own page i, for every full page whose tokens are known.
+    `token_counts` is how often each token stands in the output, 0 for those of the prompt alone; None when the request
+    has no penalty that asks. `page_hashes[i]` is the chained hash of own page i, for every full page whose tokens are
+    known.
     """
 
     spec: EngineRequest
@@ -40,6 +43,7 @@ class Request:
     state: RequestState = RequestState.WAITING_ADAPTER
     token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
+    token_counts: dict[int, int] | None = None
     num_virtual_tokens: int = 0
     num_computed: int = 0
     num_cached_tokens: int = 0
@@ -53,6 +57,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.spec.prompt_token_ids)
+        if self.spec.sampling.counts_tokens:
+            self.token_counts = count_tokens(self.spec.prompt_token_ids, ())
 
     @property
     def id(self) -> str:
@@ -81,6 +87,8 @@ class Request:
         """Add a sampled token."""
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
+        if self.token_counts is not None:
+            self.token_counts[token_id] = self.token_counts.get(token_id, 0) + 1
 
     def move(self, state: RequestState) -> None:
         """Change state; a transition that is not in the table is a bug and raises RuntimeError."""

@@ -4,7 +4,6 @@ Random numbers are a function of (seed, position in the output) alone, so that a
 runs beside it and also when it is computed again after a preemption.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from peftserve.engine.plan import Sampled, SampleSpec
-from peftserve.types import SamplingParams, TokenLogprobs
+from peftserve.types import TokenLogprobs
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
 from peftserve_kernels.sample import sample
 
@@ -71,35 +70,23 @@ def _penalize(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> None:
 def _row_penalties(spec: SampleSpec, vocab: int) -> RowPenalties | None:
     """None when the row's logits stay as they are. Ids outside the vocabulary cannot be picked anyway."""
     params = spec.params
-    counted = _counts_tokens(params)
-    if not (counted or params.logit_bias or spec.banned_token_ids):
+    if not (spec.token_counts or params.logit_bias or spec.banned_token_ids):
         return None
-    counts: dict[int, int] = {}
-    if counted:
-        counts = dict.fromkeys(spec.prompt_token_ids, 0)
-        counts.update(Counter(spec.output_token_ids))
     return RowPenalties(
         repetition=params.repetition_penalty,
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
-        output_counts=counts,
+        output_counts=spec.token_counts,
         bias={token: value for token, value in params.logit_bias.items() if 0 <= token < vocab},
         banned=frozenset(token for token in spec.banned_token_ids if 0 <= token < vocab),
     )
 
 
-def _counts_tokens(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
 def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     params = [spec.params for spec in specs]
     temperatures = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
-    if not any(temperatures):
-        greedy: list[int] = logits.argmax(dim=-1).tolist()
-        return greedy
     device = logits.device
-    numbers = uniforms([spec.seed for spec in specs], [len(spec.output_token_ids) for spec in specs])
+    numbers = uniforms([spec.seed for spec in specs], [spec.position for spec in specs])
     picked: list[int] = sample(
         logits,
         torch.tensor(temperatures, dtype=torch.float32, device=device),

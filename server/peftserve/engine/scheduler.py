@@ -203,22 +203,24 @@ class Scheduler:
 
     def _admit(self, chunks: dict[Request, int], copies: dict[Request, PageCopy], budget: int) -> None:
         """Start waiting requests in fair order while there is room."""
-        passed_over: set[tuple[str, str]] = set()
+        if budget <= 0 or len(self.running) >= self._limits.max_num_seqs:
+            return
         now = self._clock()
+        order = self.waiting.in_order()
         while budget > 0 and len(self.running) < self._limits.max_num_seqs:
-            request = self.waiting.head(passed_over)
+            request = order.next()
             if request is None:
                 return
             starved = now - request.arrived > self._limits.starvation_s
             if not self._start(request, copies, urgent=starved):
                 if starved and self.running and not self._on_its_way(request):
                     return
-                passed_over.add(request.fairness_key)
                 continue
             size = min(request.num_pending, budget)
             chunks[request] = size
             budget -= size
             self._charge(request, size)
+            order.served(request)
 
     def _on_its_way(self, request: Request) -> bool:
         """Whether the request waits for nothing but its adapter's copy, for which nobody has to be held back."""
@@ -310,7 +312,7 @@ class Scheduler:
         banned: frozenset[int] = frozenset()
         if len(request.output_token_ids) < params.min_tokens:
             banned = params.stop_token_ids | self._limits.stop_token_ids
-        return SampleSpec(params, request.seed, request.spec.prompt_token_ids, request.output_token_ids, banned)
+        return SampleSpec(params, request.seed, len(request.output_token_ids), request.token_counts, banned)
 
     def _charge(self, request: Request, num_tokens: int) -> None:
         decoding = num_tokens == 1 and bool(request.output_token_ids)

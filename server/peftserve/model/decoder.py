@@ -20,6 +20,7 @@ from peftserve_kernels.lora import LoraSlice, LoraWeights, lora_add
 from peftserve_kernels.nf4 import Nf4Weight
 from peftserve_kernels.nf4_linear import nf4_linear
 from peftserve_kernels.paged_attention import paged_attention
+from peftserve_kernels.residual_add import residual_add
 from peftserve_kernels.rms_norm import rms_norm
 from peftserve_kernels.rope import rope_and_store_kv
 from peftserve_kernels.silu_mul import silu_mul
@@ -55,13 +56,18 @@ class Decoder:
     def forward(self, batch: Batch) -> torch.Tensor:
         """All layers over the M tokens of `batch`: the residual stream float32 [M, hidden]. Writes their K and V."""
         stream = embedding(batch.token_ids, self._weights.embedding)
-        cos_sin = self._rope[batch.positions]
+        cos_sin = embedding(batch.positions, self._rope)
         for index, layer in enumerate(self._weights.layers):
             attended = self._attention(index, layer, stream, cos_sin, batch)
             stream = self._add(stream, attended, batch, index, BottleneckSite.ATTENTION)
             transformed = self._feed_forward(index, layer, stream, batch)
             stream = self._add(stream, transformed, batch, index, BottleneckSite.FFN)
         return stream
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """All of a step up to the draw: logits float32 [B, vocab] of the B rows that sample."""
+        stream = self.forward(batch)
+        return self.logits(stream if batch.sample_rows is None else stream[batch.sample_rows])
 
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """Final norm and output head over rows of the stream [B, hidden]: float32 [B, vocab]."""
@@ -117,9 +123,8 @@ class Decoder:
     ) -> torch.Tensor:
         """residual + hidden, and the bottlenecks of this site on top. May overwrite `residual`."""
         if batch.bottleneck is None:
-            residual += hidden
-            return residual
-        stream = residual + hidden
+            return residual_add(residual, hidden, in_place=True)
+        stream = residual_add(residual, hidden, in_place=False)
         bottleneck_add(stream, hidden, residual, batch.bottleneck, self._bottleneck, layer, site)
         return stream
 

@@ -1,8 +1,8 @@
 """The paged KV cache: two tensors for the life of the engine, and one pair of views a layer for the kernels."""
 
 import math
+import mmap
 
-import numpy as np
 import torch
 
 from peftserve.model.spec import ModelSpec
@@ -36,6 +36,7 @@ class KvCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes every byte; numpy's calloc leaves that to the first touch.
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    # torch.zeros writes every byte, and numpy asks for huge pages, of which 60 caches of 30 layers each touch one at
+    # the first token. A plain mapping is zero and grows by 4 KiB.
+    raw = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(raw, dtype=dtype).view(shape)

@@ -7,7 +7,9 @@ from peftserve.engine.sampler import sample_rows
 from peftserve.errors import InternalError
 from peftserve.model.adapter_memory import DeviceAdapterMemory
 from peftserve.model.batch import build_batch
+from peftserve.model.decode_batch import DecodeBatch
 from peftserve.model.decoder import Decoder
+from peftserve.model.graphs import StepGraphs, is_decode, make_graphs
 from peftserve.model.kv import KvCache
 from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import ModelWeights
@@ -15,10 +17,21 @@ from peftserve_kernels.copy_pages import copy_pages
 
 
 class Runner:
-    """The decoder on its KV cache and its adapters. `max_context` bounds positions, virtual tokens included."""
+    """The decoder on its KV cache and its adapters.
+
+    `max_context` bounds positions, virtual tokens included. Steps that decode one token each of up to `max_rows`
+    sequences are captured and replayed where the device can; with 0 rows none are.
+    """
 
     def __init__(
-        self, weights: ModelWeights, spec: ModelSpec, kv: KvCache, adapters: DeviceAdapterMemory, *, max_context: int
+        self,
+        weights: ModelWeights,
+        spec: ModelSpec,
+        kv: KvCache,
+        adapters: DeviceAdapterMemory,
+        *,
+        max_context: int,
+        max_rows: int,
     ) -> None:
         self._kv = kv
         self._device = weights.embedding.device
@@ -30,6 +43,14 @@ class Runner:
             lora=adapters.lora,
             bottleneck=adapters.bottleneck,
         )
+        self._max_rows = max_rows
+        self._graphs: StepGraphs | None = None
+        if max_rows:
+            inputs = DecodeBatch(
+                max_rows=max_rows, max_context=max_context, page_size=kv.page_size, device=self._device
+            )
+            with torch.inference_mode():
+                self._graphs = make_graphs(self._decoder, inputs, self._device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -41,11 +62,14 @@ class Runner:
             raise InternalError(f"step {plan.step} has no rows")
         for copy in plan.page_copies:
             copy_pages(self._kv.layers, copy.src, copy.dst, copy.num_tokens)
-        batch = build_batch(plan, self._kv.page_size, self._device)
-        stream = self._decoder.forward(batch)
         sampling = [(row.request_id, row.sample) for row in plan.rows if row.sample is not None]
-        if not sampling:
-            return StepResult(plan.step, {})
-        logits = self._decoder.logits(stream if batch.sample_rows is None else stream[batch.sample_rows])
+        if self._graphs is not None and len(plan.rows) <= self._max_rows and is_decode(plan):
+            logits = self._graphs.run(plan)
+        else:
+            batch = build_batch(plan, self._kv.page_size, self._device)
+            if not sampling:
+                self._decoder.forward(batch)
+                return StepResult(plan.step, {})
+            logits = self._decoder.step(batch)
         tokens = sample_rows(logits, [spec for _, spec in sampling])
         return StepResult(plan.step, {request: token for (request, _), token in zip(sampling, tokens, strict=True)})

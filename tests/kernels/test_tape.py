@@ -1,0 +1,119 @@
+"""Recorded native calls: the same results from new inputs, on memory that is reused but never under a live tensor."""
+
+import gc
+
+import pytest
+import torch
+
+from peftserve_kernels import residual_add, rms_norm, silu_mul
+from peftserve_kernels.capture import CaptureError, CaptureGuard
+from peftserve_kernels.cpu.extension import HAS_NATIVE
+from peftserve_kernels.cpu.tape import Tape, TapeMemory
+
+pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the extension is not built")
+
+WEIGHT = torch.rand(64) + 0.5
+
+
+def network(stream: torch.Tensor) -> torch.Tensor:
+    for _ in range(3):
+        hidden = silu_mul(rms_norm(stream, WEIGHT, 1e-5, torch.bfloat16).repeat_interleave(1, 0))
+        stream = residual_add(stream, torch.cat((hidden, hidden), 1), in_place=False)
+    return stream
+
+
+def layers(stream: torch.Tensor, count: int = 3) -> torch.Tensor:
+    for _ in range(count):
+        stream = residual_add(stream, rms_norm(stream, WEIGHT, 1e-5, torch.bfloat16), in_place=False)
+    return stream
+
+
+def test_a_replay_computes_on_the_new_inputs() -> None:
+    x = torch.randn(5, 64)
+    memory = TapeMemory()
+    tape = Tape(memory)
+    with tape.recording():
+        y = memory.keep(layers(x))
+    assert len(tape) == 6
+    torch.testing.assert_close(y, layers(x), rtol=0, atol=0)
+    for _ in range(3):
+        x.normal_()
+        expected = layers(x)
+        assert not torch.equal(y, expected)
+        tape.replay()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_blocks_are_reused_within_a_tape_and_between_tapes() -> None:
+    memory = TapeMemory()
+    sizes = []
+    for count in (3, 30):
+        with Tape(memory).recording():
+            memory.keep(layers(torch.randn(5, 64), count))
+        gc.collect()
+        sizes.append(memory.nbytes)
+    assert sizes[0] == sizes[1] <= 3 * 5 * 64 * 4
+
+
+def test_a_live_view_keeps_its_block() -> None:
+    memory = TapeMemory()
+    with Tape(memory).recording():
+        view = rms_norm(torch.randn(4, 64), WEIGHT, 1e-5, torch.float32)[1:3]
+        kept = view.clone()
+        rms_norm(torch.randn(4, 64), WEIGHT, 1e-5, torch.float32)
+    assert torch.equal(view, kept)
+
+
+def test_one_tape_at_a_time_and_an_exception_ends_it() -> None:
+    tape = Tape(TapeMemory())
+    with tape.recording(), pytest.raises(RuntimeError, match="recorded already"), Tape(TapeMemory()).recording():
+        pass
+    with pytest.raises(KeyError), tape.recording():
+        raise KeyError
+    with tape.recording():
+        rms_norm(torch.randn(1, 64), WEIGHT, 1e-5, torch.float32)
+    assert len(tape) == 1
+
+
+def test_an_empty_result_has_a_block_too() -> None:
+    memory = TapeMemory()
+    with Tape(memory).recording():
+        assert memory.keep(rms_norm(torch.randn(0, 64), WEIGHT, 1e-5, torch.float32)).shape == (0, 64)
+
+
+def test_the_guard_refuses_what_a_tape_would_miss() -> None:
+    with Tape(TapeMemory()).recording(), CaptureGuard(computes=False):
+        layers(torch.empty(5, 64))
+    with pytest.raises(CaptureError, match="is computed by torch"), CaptureGuard(computes=False):
+        network(torch.empty(5, 64))
+    x = torch.ones(3)
+    for planted in (lambda: x.add_(1), lambda: x.bfloat16(), lambda: x.copy_(x), lambda: x[[0, 2]]):
+        with pytest.raises(CaptureError), CaptureGuard(computes=False):
+            planted()
+    with CaptureGuard(computes=False):
+        assert x.float().contiguous().view(3, 1)[1:].shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
+        lambda x: x.to("meta"),
+        lambda x: x.unique(),
+    ],
+)
+def test_the_guard_refuses_what_no_replay_can_repeat(planted) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(CaptureError), CaptureGuard():
+        planted(torch.tensor([1.0, -1.0, 2.0]))
+
+
+def test_the_guard_lets_computation_through() -> None:
+    x = torch.randn(4, 4)
+    with CaptureGuard():
+        y = torch.softmax(x @ x.t(), -1)[:, 1:].contiguous() * 2
+    assert y.shape == (4, 3)
