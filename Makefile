@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo serve test test-all lint format bench protos clean
+.PHONY: setup demo serve test test-all lint format bench gpu-check protos clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ format: setup
 
 bench: setup model
 	$(BIN)/python bench/run.py $(ARGS)
+
+# On a machine with a card: are the kernels right there, and how fast?
+gpu-check: setup model
+	$(BIN)/python bench/gpu_check.py $(ARGS)
 
 protos: setup
 	$(BIN)/python protos/generate.py

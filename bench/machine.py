@@ -57,7 +57,10 @@ class Limits:
 
 
 def last_level_cache_bytes() -> int:
-    """The largest cache of the first core; 32 MiB where the system does not tell."""
+    """The largest cache of the first core (32 MiB where the system does not tell), or of the GPU if that is torch's
+    default device."""
+    if torch.get_default_device().type == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
     found = [int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes if size[-1:] in ("K", "M")]
     return max(found, default=_FALLBACK_CACHE_BYTES)

@@ -28,6 +28,7 @@ from peftserve_kernels import (
     lora_add,
     paged_attention,
     rank_pages,
+    read_rank_rows,
     rms_norm,
     rope_and_store_kv,
     sample,
@@ -52,14 +53,15 @@ _BF16 = torch.bfloat16
 
 
 class OpCases:
-    """The ops of a model of `spec` at M tokens. Decode contexts are of `contexts` tokens."""
+    """The ops of a model of `spec` at M tokens, on torch's default device. Decode contexts are of `contexts` tokens."""
 
     def __init__(self, spec: ModelSpec, contexts: Sequence[int], *, quick: bool) -> None:
         self._spec = spec
         self._contexts = contexts
         self._quick = quick
-        self._lora_weights = _lora_weights(spec, quick=quick)
-        self._bottleneck_weights = _bottleneck_weights(spec, quick=quick)
+        self._device = torch.get_default_device()
+        self._lora_weights = _lora_weights(spec, self._device, quick=quick)
+        self._bottleneck_weights = _bottleneck_weights(spec, self._device, quick=quick)
 
     def at(self, tokens: int) -> Iterator[Case]:
         """One case after another; each is made when it is its turn, and its memory can go after it."""
@@ -105,13 +107,13 @@ class OpCases:
 
     def _lora(self, tokens: int, name: str, slices: Sequence[LoraSlice]) -> Case:
         weights = self._lora_weights
-        segments = Segments.build(*_even_segments(tokens, len(RANKS)))
+        segments = Segments.build(*_even_segments(tokens, len(RANKS)), self._device)
         ranks = [RANKS[slot] for _, _, slot in segments.bounds]
         x = _activations(tokens, slices[0].in_features)
         y = _activations(tokens, max(piece.out_offset + piece.out_features for piece in slices))
         features = sum(piece.in_features + piece.out_features for piece in slices)
         layers = range(weights.rank.shape[1])
-        return self._case(
+        case = self._case(
             "lora_add",
             f"{name}, ranks {'/'.join(map(str, ranks))}",
             tokens,
@@ -120,11 +122,13 @@ class OpCases:
             nbytes=2 * sum(ranks) * features + x.nbytes + 2 * y.nbytes,
             flops=sum(2 * (end - start) * RANKS[slot] * features for start, end, slot in segments.bounds),
         )
+        case.variants["peft_loop"] = _peft_loop(y, x, segments, weights, slices)
+        return case
 
     def _bottleneck(self, tokens: int) -> Case:
         size = self._spec.hidden_size
         weights = self._bottleneck_weights
-        segments = Segments.build((0, tokens), (0,))
+        segments = Segments.build((0, tokens), (0,), self._device)
         stream, residual, hidden = torch.randn(tokens, size), torch.randn(tokens, size), _activations(tokens, size)
         data = (stream, hidden, residual, segments, weights)
         site = BottleneckSite.FFN
@@ -144,7 +148,7 @@ class OpCases:
         pages = -(-context // PAGE_SIZE)
         tables = [list(range(at * pages, (at + 1) * pages)) for at in range(len(queries))]
         starts = [sum(queries[:at]) for at in range(len(queries) + 1)]
-        batch = AttentionBatch.build(tables, starts, [context] * len(queries))
+        batch = AttentionBatch.build(tables, starts, [context] * len(queries), self._device)
         size = (len(queries) * pages, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
         layer = torch.randn(2, *size).to(_BF16)
         caches = [layer.clone() for _ in range(copies_for(layer.nbytes, quick=self._quick))]
@@ -228,6 +232,26 @@ class OpCases:
         )
 
 
+def _peft_loop(y: Tensor, x: Tensor, segments: Segments, weights: LoraWeights, slices: Sequence[LoraSlice]) -> Call:
+    """What PEFT does for a mixed batch: two products and a sum for each adapter and module, in the model's dtype."""
+    work = []
+    for start, end, slot in segments.bounds:
+        for piece in slices:
+            at = (slot, 0, piece.target)
+            a, b = (
+                read_rank_rows(weights.arena, pages[at].tolist(), RANKS[slot], width)
+                for pages, width in ((weights.a_page, piece.in_features), (weights.b_page, piece.out_features))
+            )
+            out = y[start:end, piece.out_offset : piece.out_offset + piece.out_features]
+            work.append((out, x[start:end], a.t().contiguous(), b.contiguous(), float(weights.scale[at])))
+
+    def loop() -> None:
+        for out, inputs, a, b, scale in work:
+            out += inputs @ a @ b * scale
+
+    return loop
+
+
 def _activations(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns).to(_BF16)
 
@@ -238,7 +262,7 @@ def _even_segments(tokens: int, adapters: int) -> tuple[list[int], list[int]]:
     return [tokens * at // used for at in range(used + 1)], list(range(adapters - used, adapters))
 
 
-def _lora_weights(spec: ModelSpec, *, quick: bool) -> LoraWeights:
+def _lora_weights(spec: ModelSpec, device: torch.device, *, quick: bool) -> LoraWeights:
     """A slot for each of `RANKS`, on every target, in as many layers as leave the cache."""
     sizes = [(piece.target, piece.in_features, piece.out_features) for group in lora_slices(spec) for piece in group]
     rows = [RANK_PAGE_ROWS * rank_pages(rank) for rank in RANKS]
@@ -251,6 +275,7 @@ def _lora_weights(spec: ModelSpec, *, quick: bool) -> LoraWeights:
         targets=len(sizes),
         pages=rank_pages(max(RANKS)),
         dtype=_BF16,
+        device=device,
     )
     weights.arena.normal_(std=0.02)
     weights.scale.fill_(2.0)
@@ -264,12 +289,14 @@ def _lora_weights(spec: ModelSpec, *, quick: bool) -> LoraWeights:
     return weights
 
 
-def _bottleneck_weights(spec: ModelSpec, *, quick: bool) -> BottleneckWeights:
+def _bottleneck_weights(spec: ModelSpec, device: torch.device, *, quick: bool) -> BottleneckWeights:
     """One slot of `WIDTH` after the FFN, in as many layers as leave the cache."""
     size, pages = spec.hidden_size, rank_pages(WIDTH)
     per_layer = 2 * pages * RANK_PAGE_ROWS * size + WIDTH + size
     layers = copies_for(2 * per_layer, quick=quick)
-    weights = BottleneckWeights.empty(elements=layers * per_layer, slots=1, layers=layers, pages=pages, dtype=_BF16)
+    weights = BottleneckWeights.empty(
+        elements=layers * per_layer, slots=1, layers=layers, pages=pages, dtype=_BF16, device=device
+    )
     weights.arena.normal_(std=0.02)
     weights.scale.fill_(1.0)
     weights.width[:, :, BottleneckSite.FFN] = WIDTH

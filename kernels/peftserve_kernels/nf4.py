@@ -167,11 +167,11 @@ def _tile(x: Tensor) -> Tensor:
 
 def _untile(x: Tensor) -> Tensor:
     """The inverse of `_tile`, from and to [N, C]."""
-    return x.reshape(x.shape[0] // TILE_ROWS, -1, TILE_ROWS).transpose(1, 2).reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0] // TILE_ROWS, -1, TILE_ROWS).transpose(1, 2).contiguous().view(x.shape[0], -1)
 
 
 def _renumber(packed: Tensor, *, to_blocks: bool) -> Tensor:
-    """Each byte with its two nibbles exchanged and renumbered: from the codes of `ROWS` to those of `BLOCKS`, or back."""
+    """Each byte with its nibbles exchanged and renumbered: from the codes of `ROWS` to those of `BLOCKS`, or back."""
     byte = torch.arange(256, device=packed.device)
     codes = torch.tensor(BLOCKED_CODES, device=packed.device)
     number = codes.argsort() if to_blocks else codes

@@ -129,9 +129,10 @@ def _try_compile(item: aot.Case, only_products: bool) -> "aot.Binary | str":
         return aot.compile_case(item, only_products=only_products)
     except Exception as error:  # the compiler's own kinds are many, and none may end the report
         # an error in a function that a kernel calls names the call, and has the reason behind it
-        while error.__cause__ is not None:
-            error = error.__cause__
-        return f"does not compile: {type(error).__name__}: {error}"
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        return f"does not compile: {type(reason).__name__}: {reason}"
 
 
 def _kernel_lines(
@@ -167,13 +168,16 @@ def _instructions_per_weight(use: catalog.Use, item: aot.Case, binary: aot.Binar
     """What a turn of the main loop executes over what it unpacks.
 
     A turn multiplies each weight that it unpacks with the rows of the block's tile, so its multiply-adds say how many
-    weights there are, whatever the compiler unrolled. Blackwell's own products do not print their shape: None.
+    weights there are, whatever the compiler unrolled. Blackwell's own products do not print their shape: each is 16
+    deep, over the whole tile.
     """
-    rows = item.constexprs.get("BLOCK_M")
-    if not use.op.startswith("nf4_linear") or not binary.loop.tensor_macs or rows is None:
+    loop, constants = binary.loop, item.constexprs
+    if not use.op.startswith("nf4_linear") or not loop.tensor or "BLOCK_M" not in constants:
         return None
-    weights: float = binary.loop.tensor_macs * item.num_warps / rows
-    return binary.loop.total * item.num_warps * CHIPS[item.target].warp_size / weights
+    weights: float = loop.tensor * 16 * constants["BLOCK_N"]
+    if loop.tensor_macs:
+        weights = loop.tensor_macs * item.num_warps / constants["BLOCK_M"]
+    return loop.total * item.num_warps * CHIPS[item.target].warp_size / weights
 
 
 def _call_line(name: str, use: catalog.Use) -> CallLine:
@@ -218,7 +222,8 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 def _kernel_table(lines: Sequence[KernelLine]) -> str:
     """Equal binaries of one op and batch size are one line; models are named where their figures differ."""
     rows: dict[tuple[object, ...], list[KernelLine]] = {}
-    for line in lines:
+    ops = list(dict.fromkeys(line.op for line in lines))
+    for line in sorted(lines, key=lambda line: ops.index(line.op)):
         if line.binary is None:
             figures: tuple[object, ...] = ("does not compile", *("",) * 9)
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftserve_kernels.cpu import elementwise as cpu
 from peftserve_kernels.cpu.extension import native
-from peftserve_kernels.dispatch import Backend, select
+from peftserve_kernels.dispatch import Backend, select, triton_op
 
 
 def residual_add(residual: Tensor, hidden: Tensor, *, in_place: bool) -> Tensor:
@@ -33,4 +33,5 @@ def residual_add_reference(residual: Tensor, hidden: Tensor, in_place: bool) -> 
 _IMPLEMENTATIONS: Final[Mapping[Backend, Callable[[Tensor, Tensor, bool], Tensor]]] = {
     Backend.REFERENCE: residual_add_reference,
     **native(cpu.residual_add),
+    **triton_op("elementwise", "residual_add"),
 }

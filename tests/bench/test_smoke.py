@@ -96,3 +96,26 @@ def test_pictures(results: Path) -> None:
         "serving",
     ]
     assert all(picture.read_bytes().startswith(PNG_SIGNATURE) for picture in pictures)
+
+
+def test_gpu_check_on_the_interpreter(tmp_path: Path) -> None:
+    script = RUN.with_name("gpu_check.py")
+    environment = dict(os.environ) | {"PEFTSERVE_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, script, "--device=cpu", "--quick", "--rounds=1", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["results"]["ops"]
+    assert {"nf4_linear", "lora_add", "bottleneck_add", "paged_attention", "sample"} <= {row["op"] for row in rows}
+    assert {"ours", "bnb", "dense"} <= rows[0]["us"].keys()
+
+
+def test_gpu_check_says_when_there_is_no_card(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, RUN.with_name("gpu_check.py"), f"--out={tmp_path}"],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "nothing was measured" in done.stdout

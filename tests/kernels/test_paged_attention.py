@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from peftserve_kernels import AttentionBatch, paged_attention
+from peftserve_kernels.paged_attention import QUERY_TILE, cut_queries, paged_attention_reference
 from tests.kernels.rounding import assert_rounded_once
 
 HEAD_DIM = 16
@@ -171,6 +173,33 @@ def test_one_batch_serves_layers_with_and_without_a_window() -> None:
         out = paged_attention(q, made.k_cache, made.v_cache, batch, SCALE, window)
         fresh = paged_attention(q, made.k_cache, made.v_cache, made.batch(), SCALE, window)
         assert torch.equal(out, fresh)
+
+
+def test_unused_rows_of_a_captured_step_are_zero() -> None:
+    made = make([(1, 40)])
+    batch = AttentionBatch.for_decode(3, 4)
+    batch.block_tables[1, : len(made.block_tables[0])] = torch.tensor(made.block_tables[0])
+    batch.context_len[1] = 40
+    out = paged_attention_reference(made.q[0].expand(3, -1, -1), made.k_cache, made.v_cache, batch, SCALE)
+    assert_rounded_once(out[1:2], oracle(made.q[0], made.k[0], made.v[0], None))
+    assert not out[::2].any()
+
+
+@given(lengths=st.lists(st.integers(0, 4 * QUERY_TILE) | st.just(1), max_size=12))
+def test_queries_are_cut_into_decode_and_tiles(lengths: list[int]) -> None:
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    decode, prefill = cut_queries(starts)
+    assert (decode.dtype, prefill.dtype) == (np.int32, np.int32)
+    assert decode.tolist() == [sequence for sequence, count in enumerate(lengths) if count == 1]
+    covered = [(sequence, token) for sequence, first, end in prefill.tolist() for token in range(first, end)]
+    assert covered == [
+        (sequence, starts[sequence] + query)
+        for sequence, count in enumerate(lengths)
+        for query in range(count)
+        if count > 1
+    ]
+    assert all(0 < end - first <= QUERY_TILE for _, first, end in prefill.tolist())
+    assert all((first - starts[sequence]) % QUERY_TILE == 0 for sequence, first, _ in prefill.tolist())
 
 
 def test_faults() -> None:

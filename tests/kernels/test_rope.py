@@ -68,6 +68,16 @@ def test_without_positions_nothing_is_rotated() -> None:
     assert torch.equal(v_cache[0, 0, 2], qkv[2, 24:])
 
 
+def test_a_negative_slot_stores_nothing() -> None:
+    qkv = torch.randn(3, 4 * 8)
+    k_cache, v_cache = empty_caches(2, 1, 4, 8, torch.float32)
+    q = rope_and_store_kv(qkv, None, k_cache, v_cache, torch.tensor([-1, 6, -9]), 2, 1, 8)
+    assert torch.equal(q.flatten(1), qkv[:, :16])
+    assert torch.equal(k_cache[1, 0, 2], qkv[1, 16:24])
+    for cache in (k_cache, v_cache):
+        assert (cache == 9.0).sum() == 7 * 8
+
+
 def test_faults() -> None:
     k_cache, v_cache = empty_caches(2, 1, 4, 8, torch.float32)
     qkv, cos_sin, slots = torch.zeros(3, 32), torch.zeros(3, 8), torch.arange(3)

@@ -17,6 +17,8 @@ from peftserve_kernels.gpu.launch import TARGETS, Target, launch, recording
 from peftserve_kernels.gpu.peer import peer_kernels
 from tests.kernels.planted_kernels import sound
 
+pytestmark = pytest.mark.timeout(900)
+
 LLAMA, SMOLLM = ("llama-3.1-8b",), ("smollm2-135m",)
 
 # Every kernel on every CUDA target; every tile of nf4_linear on one of them; the full matrix is slow.
@@ -71,10 +73,7 @@ def test_every_kernel_is_compiled(quick: Mapping[str, Any], name: str) -> None:
     target = Target("cuda", int(name.removeprefix("sm_")))
     wanted = kernels_launched(target, catalog.MODELS, (1, 64, 512))
     compiled = {line["kernel"] for line in quick["kernels"] if line["target"] == name}
-    # a path for a few sizes may be taken on one target only
-    anywhere = {line["kernel"] for line in quick["kernels"]}
-    assert wanted <= anywhere
-    assert len(wanted - compiled) <= 4, f"{name}: {sorted(wanted - compiled)} are not compiled"
+    assert wanted <= compiled
 
 
 def test_matrix_kernels_have_tensor_core_instructions_in_their_loops(quick: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from peftserve_kernels.gpu.device import dot
+from peftserve_kernels.gpu.low_rank import rounded
 
 
 @triton.jit
@@ -68,15 +69,15 @@ def _attend(  # type: ignore[no-untyped-def]
         weight = tl.exp2(score * log2_scale - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weight, 1)
-        acc = dot(weight.to(queries.dtype), values.to(queries.dtype), acc * shrink[:, None])
+        acc = dot(rounded(weight, queries.dtype), values.to(queries.dtype), acc * shrink[:, None])
         top = new_top
     return top, total, acc
 
 
 @triton.jit
-def _normalized(acc, total):  # type: ignore[no-untyped-def]
-    """acc / total by rows; zeros for a row that saw nothing."""
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+def _normalized(acc, total, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc / total by rows as DTYPE; zeros for a row that saw nothing."""
+    return rounded(acc / tl.where(total == 0.0, 1.0, total)[:, None], DTYPE)
 
 
 @triton.jit(do_not_specialize=["table_width", "num_splits"])
@@ -158,7 +159,7 @@ def decode_attention_kernel(  # type: ignore[no-untyped-def]
             True,
         )
         if ONE_SPLIT:
-            tl.store(out + row, _normalized(acc, total), mask=inside)
+            tl.store(out + row, _normalized(acc, total, out.dtype.element_ty), mask=inside)
         else:
             partial = (item * NUM_HEADS + head) * num_splits + (split - first_split)
             tl.store(split_acc + partial[:, None] * HEAD_DIM + column[None, :], acc, mask=inside)
@@ -213,7 +214,7 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def]
         top = new_top
     row = tl.load(query_start + sequence).to(tl.int64) * NUM_HEADS + head
     at_row = row * HEAD_DIM + column[None, :]
-    tl.store(out + at_row, _normalized(acc, total), mask=(column < HEAD_DIM)[None, :])
+    tl.store(out + at_row, _normalized(acc, total, out.dtype.element_ty), mask=(column < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -301,4 +302,4 @@ def prefill_attention_kernel(  # type: ignore[no-untyped-def]
             masked == 1,
         )
         begin = stop
-    tl.store(out + row, _normalized(acc, total), mask=inside)
+    tl.store(out + row, _normalized(acc, total, out.dtype.element_ty), mask=inside)

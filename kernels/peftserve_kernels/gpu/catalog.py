@@ -50,7 +50,7 @@ MODELS: Final = (
     Model("smollm2-135m", 576, 1536, 9, 3, 64, 49152, 30),
     Model("llama-3.1-8b", 4096, 14336, 32, 8, 128, 128256, 32),
     Model("qwen3-8b", 4096, 12288, 32, 8, 128, 151936, 36, has_qk_norm=True),
-    Model("tiny-odd", 192, 320, 3, 1, 40, 259, 3, has_qk_norm=True),
+    Model("tiny-odd", 192, 320, 8, 2, 40, 259, 3, has_qk_norm=True),
 )
 
 ROWS: Final = (1, 8, 16, 32, 64, 256, 512, 2048)

@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul and embedding in Triton: one launch each, bound by memory."""
+"""rms_norm, residual_add, silu_mul and embedding in Triton: one launch each, bound by memory."""
 
 from typing import Final, NamedTuple
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftserve_kernels.gpu.launch import launch
+from peftserve_kernels.gpu.low_rank import rounded
 
 # The widest row that rms_norm keeps in registers between its sum and its product; wider ones are read twice.
 _REGISTER_ROW: Final = 16384
@@ -41,7 +42,7 @@ def rms_norm_kernel(x, weight, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.conste
         value = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(value * value) / COLUMNS + eps)
         scaled = value * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row + column, scaled, mask=inside)
+        tl.store(out + row + column, rounded(scaled, out.dtype.element_ty), mask=inside)
     else:
         squares = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, COLUMNS, BLOCK):
@@ -52,7 +53,7 @@ def rms_norm_kernel(x, weight, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.conste
             inside = first + column < COLUMNS
             value = tl.load(x + row + first + column, mask=inside, other=0.0).to(tl.float32)
             scaled = value * factor * tl.load(weight + first + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + row + first + column, scaled, mask=inside)
+            tl.store(out + row + first + column, rounded(scaled, out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -76,6 +77,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> T
     return out
 
 
+_ADD_BLOCK: Final = 1024
+
+
+@triton.jit
+def residual_add_kernel(residual, hidden, out, elements, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    total = tl.load(residual + at, mask=inside, other=0.0)
+    total += tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total, mask=inside)
+
+
+def residual_add(residual: Tensor, hidden: Tensor, in_place: bool) -> Tensor:
+    """See `peftserve_kernels.residual_add`. Raises ValueError when residual is not contiguous."""
+    if not residual.is_contiguous():
+        raise ValueError(f"residual: must be contiguous, got strides {list(residual.stride())}")
+    out = residual if in_place else torch.empty_like(residual)
+    elements = residual.numel()
+    if elements:
+        grid = (triton.cdiv(elements, _ADD_BLOCK),)
+        launch(
+            residual_add_kernel,
+            grid,
+            residual,
+            hidden.contiguous(),
+            out,
+            elements,
+            BLOCK=_ADD_BLOCK,
+            num_warps=4,
+        )
+    return out
+
+
 @triton.jit
 def silu_mul_kernel(gate_up, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
@@ -84,7 +118,8 @@ def silu_mul_kernel(gate_up, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  
     source = gate_up + row * (2 * COLUMNS) + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + COLUMNS, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * COLUMNS + column, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
+    gated = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * COLUMNS + column, rounded(gated, out.dtype.element_ty), mask=inside)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

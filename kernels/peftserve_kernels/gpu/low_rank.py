@@ -33,6 +33,9 @@ At full rank (64 of 4096 columns) that is about 5 us of one SM's path to the L2;
 """
 
 
+_UNALIGNED_BLOCK_N: Final = 64
+
+
 class Tuning(NamedTuple):
     """Block sizes and launch options; `programs`: how many occupy the whole device."""
 
@@ -69,6 +72,9 @@ def choose_launches(
 
     One, unless few tiles would leave long products to few programs: those are then spread over the device first.
     """
+    if any(size % 16 for size in (in_features, *widths)):
+        # Rows that are not aligned are read value by value, and every value takes an address.
+        tuning = tuning._replace(block_n=min(tuning.block_n, _UNALIGNED_BLOCK_N))
     shrinks = tiles * len(widths)
     is_short = pages * RANK_PAGE_ROWS * in_features <= _FUSED_WEIGHTS
     # A barrier of ROCm's Triton orders local memory only, so there no program may read what it wrote.

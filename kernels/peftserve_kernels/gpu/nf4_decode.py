@@ -1,14 +1,15 @@
 """NF4 nibbles to bf16 or fp16 in registers: the look-up by byte permutes, and the same in plain Triton.
 
-A 4-byte word of `Nf4Layout.BLOCKS` holds the 8 weights that one thread multiplies in four 16x16x16 products. `prmt` picks
-four bytes at a time out of eight: a half of one byte plane of the sixteen levels. So its upper half must come by other
-means, and `BLOCKED_CODES` pairs the levels (nibbles i and i + 8) such that it is one more `prmt` and a sum: the smaller
-byte of the pair by the nibble's lower three bits, plus the difference, which `prmt` blanks to its sign, 0, where the
-fourth bit is set. That needs differences below 128, hence the two of a pair share their sign and the top bit of the
-lower byte. 8 weights take 12 `prmt` and 7 cheap operations, of which the four sums run on the multipliers.
+A 4-byte word of `Nf4Layout.BLOCKS` holds the 8 weights that one thread multiplies in four 16x16x16 products. `prmt`
+picks four bytes at a time out of eight: half of one byte plane of the sixteen levels. So `BLOCKED_CODES` pairs the
+levels (nibbles i and i + 8) such that the other half is one more `prmt` and a sum: the smaller byte of the pair by the
+nibble's lower three bits, plus the difference, which `prmt` replaces by its sign, 0, where the fourth bit is set. That
+needs differences below 128, hence the two of a pair share their sign and the top bit of the lower byte. 8 weights take
+12 `prmt` and 7 cheap operations, of which the four sums run on the multipliers (bf16; fp16 has exclusive ors instead).
 
-The levels are scaled by a constant before they are rounded, and sums are divided by it. Among the scales that allow
-such pairs in both dtypes it is the one with small rounding errors: 3/4 (bf16) and 2/3 (fp16) of the unscaled levels'.
+The levels are scaled by a constant before they are rounded, and sums are divided by it: unscaled, no such pairs exist
+for fp16. Of the scales that allow them, these have small rounding errors: 3/4 (bf16) and 2/3 (fp16) of the unscaled
+levels' (root mean square).
 """
 
 from functools import cache
@@ -92,7 +93,7 @@ _FP16 = tl.constexpr((tl.float16,) * 4)
 @triton.jit
 def decode_words(words, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """int16 [N, 16], blocks of 64 weights, to their scaled levels [N, 64] in DTYPE, bf16 or fp16."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         a, b, c, d = tl.inline_asm_elementwise(_BF16_ASM, _CONSTRAINTS, [words], _BF16, is_pure=True, pack=2)
     else:
         a, b, c, d = tl.inline_asm_elementwise(_FP16_ASM, _CONSTRAINTS, [words], _FP16, is_pure=True, pack=2)

@@ -1,10 +1,11 @@
 """nf4_linear in Triton: decode in registers, multiply on tensor cores, scale the sums of each block.
 
 A program takes BLOCK_N rows of W and BLOCK_M tokens and walks K in blocks of 64, the granularity of absmax:
-acc += absmax[n, b] * (levels[n, b] . x[m, b]), with unscaled levels on the tensor cores and float32 around them, so that
-no scaled weight is ever rounded. K is cut into splits, a number that depends on K, N and the target but not on M; few
-tokens run them as programs whose sums a second kernel adds, many run them one after the other, and both add in the same
-order. So an output depends on M only where the hardware sums the products of a block differently: between mma and wgmma.
+acc += absmax[n, b] * (levels[n, b] . x[m, b]), with unscaled levels on the tensor cores and float32 around them, so
+that no scaled weight is ever rounded. K is cut into splits, a number that depends on K, N and the target but not on M:
+few tokens run them as programs whose sums a second kernel adds, many run them one after the other, and both add in the
+same order. So a row of y does not depend on its neighbours, and on M only where the hardware adds the 64 products of a
+block in another order: mma, wgmma and tcgen05 need not agree on that, nor mma with W left and W right.
 """
 
 from typing import Final, NamedTuple
@@ -21,7 +22,10 @@ from peftserve_kernels.nf4 import NF4_BLOCK, Nf4Layout, Nf4Weight
 
 
 class Config(NamedTuple):
-    """A launch for up to `most_tokens`: the tile, W as the left operand or the right one, and the pipeline."""
+    """The launch for up to `most_tokens`: BLOCK_M tokens by BLOCK_N rows of W, which is the left operand or the right.
+
+    splits_in_turn: a program runs all splits of K one after the other. most_unroll: blocks of a turn of the loop.
+    """
 
     most_tokens: int
     block_m: int
@@ -30,40 +34,46 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     splits_in_turn: bool = False
+    most_unroll: int = 4
 
 
 _UNLIMITED: Final = 1 << 62
 
-# With W on the left a product has 16 rows of W and 8 tokens, with W on the right 8 rows and 16 tokens. Fewer than 64
-# rows on the left, or 2 warps, keep Hopper at mma, whose products the compiler interleaves with the decoding.
+# An mma has 16 rows of its left operand and 8 of its right one: W is left for 8 tokens, and where it is decoded right
+# into the registers that the product reads, which from 64 rows and 4 warps on is wgmma on Hopper (its left operand may
+# be in registers) and tcgen05 on Blackwell. For 16 tokens both stay at mma by W on the right, for 8 by fewer rows:
+# the compiler interleaves mma with decoding, while every wgmma of one block is waited for.
 _AMPERE: Final = (
     Config(8, 8, 64, True, 4, 3),
     Config(16, 16, 64, True, 4, 3),
     Config(32, 32, 64, True, 4, 3),
     Config(64, 64, 64, True, 4, 3),
-    Config(_UNLIMITED, 64, 128, True, 8, 3, True),
+    Config(_UNLIMITED, 64, 128, True, 8, 3, splits_in_turn=True, most_unroll=2),
 )
 _HOPPER: Final = (
     Config(8, 8, 32, True, 2, 3),
     Config(16, 16, 64, False, 4, 3),
-    Config(32, 32, 64, False, 4, 3),
-    Config(64, 64, 64, True, 4, 3),
-    Config(_UNLIMITED, 64, 128, True, 8, 3, True),
+    Config(32, 32, 64, True, 4, 3),
+    Config(64, 64, 128, True, 8, 3),
+    Config(_UNLIMITED, 64, 128, True, 8, 3, splits_in_turn=True),
 )
 _BLACKWELL: Final = (
     Config(8, 8, 32, True, 2, 3),
     Config(16, 16, 64, False, 4, 3),
     Config(32, 32, 64, False, 4, 3),
-    Config(64, 64, 64, True, 4, 3),
-    Config(_UNLIMITED, 64, 128, True, 8, 3, True),
+    Config(64, 64, 128, True, 4, 3),
+    Config(_UNLIMITED, 64, 128, True, 4, 3, splits_in_turn=True, most_unroll=3),
 )
 _CDNA: Final = (
     Config(16, 16, 64, True, 4, 2),
     Config(64, 64, 64, True, 4, 2),
-    Config(_UNLIMITED, 64, 64, True, 4, 2, True),
+    Config(_UNLIMITED, 64, 64, True, 4, 2, splits_in_turn=True),
 )
-# Without tensor cores: correct, not fast.
-_FLOAT32: Final = (Config(16, 16, 32, True, 4, 1), Config(_UNLIMITED, 32, 32, True, 4, 1, True))
+# No tensor cores: correct, not fast.
+_FLOAT32: Final = (
+    Config(16, 16, 32, True, 4, 1),
+    Config(_UNLIMITED, 32, 32, True, 4, 1, splits_in_turn=True, most_unroll=1),
+)
 
 # Programs of 64 rows of W that give each multiprocessor about two: by the oldest target that has so many.
 _PROGRAMS_WANTED: Final = ((100, 296), (90, 264), (0, 216))
@@ -77,6 +87,7 @@ _REDUCE_BLOCK: Final = 512
 
 def launch_config(target: Target, dtype: torch.dtype, tokens: int) -> Config:
     """The launch for so many tokens, at least 1."""
+    table: tuple[Config, ...]
     if dtype == torch.float32:
         table = _FLOAT32
     elif not isinstance(target.arch, int):
@@ -89,9 +100,9 @@ def launch_config(target: Target, dtype: torch.dtype, tokens: int) -> Config:
 
 
 class Splits(NamedTuple):
-    """K in `count` ranges of `blocks` blocks, the last perhaps shorter; `unroll` blocks, which divide it, are a turn."""
+    """K in `number` ranges of `blocks` blocks, the last perhaps shorter; `unroll` divides all of them."""
 
-    count: int
+    number: int
     blocks: int
     unroll: int
 
@@ -104,10 +115,10 @@ def splits_of(target: Target, rows: int, columns: int) -> Splits:
         wanted = _PROGRAMS_WANTED_HIP
     blocks = columns // NF4_BLOCK
     unroll = next(unroll for unroll in (4, 3, 2, 1) if blocks % unroll == 0)
-    count = 1
-    while count < _MOST_SPLITS and count * -(-rows // 64) < wanted * 3 // 4 and blocks >= 2 * count * _FEWEST_BLOCKS:
-        count *= 2
-    turns = -(-blocks // (unroll * count))
+    number = 1
+    while number < _MOST_SPLITS and number * -(-rows // 64) < wanted * 3 // 4 and blocks >= 2 * number * _FEWEST_BLOCKS:
+        number *= 2
+    turns = -(-blocks // (unroll * number))
     return Splits(-(-blocks // (unroll * turns)), unroll * turns, unroll)
 
 
@@ -128,12 +139,12 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
     target = current_target(x.device)
     config = launch_config(target, x.dtype, tokens)
     splits = splits_of(target, rows, columns)
-    is_partial = splits.count > 1 and not config.splits_in_turn
-    sums = x.new_empty(splits.count, tokens, rows, dtype=torch.float32) if is_partial else y
+    is_partial = splits.number > 1 and not config.splits_in_turn
+    sums = x.new_empty(splits.number, tokens, rows, dtype=torch.float32) if is_partial else y
     uses_ptx = x.dtype != torch.float32 and target.backend == "cuda" and not INTERPRETED
     inverse_scale = 1.0 / LEVEL_SCALE[x.dtype]
     # Rows that share x are neighbours, and among many tokens those that share W.
-    grid = (-(-tokens // config.block_m), -(-rows // config.block_n), splits.count if is_partial else 1)
+    grid = (-(-tokens // config.block_m), -(-rows // config.block_n), splits.number if is_partial else 1)
     launch(
         _multiply,
         grid,
@@ -150,8 +161,8 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
         splits.blocks,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        UNROLL=splits.unroll,
-        TURNS=1 if is_partial else splits.count,
+        UNROLL=max(n for n in range(1, config.most_unroll + 1) if splits.unroll % n == 0),
+        TURNS=1 if is_partial else splits.number,
         IS_PARTIAL=is_partial,
         WEIGHT_FIRST=config.weight_first,
         USES_PTX=uses_ptx,
@@ -170,7 +181,7 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
             y,
             elements,
             rows,
-            SPLITS=splits.count,
+            SPLITS=splits.number,
             INVERSE_SCALE=inverse_scale,
             BLOCK=_REDUCE_BLOCK,
             num_warps=4,
@@ -250,25 +261,38 @@ def _split_sums(  # type: ignore[no-untyped-def]
     """The sums of blocks first .. first + split_blocks, as far as there are: [rows, tokens] if WEIGHT_FIRST."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     WORDS: tl.constexpr = 16 if USES_PTX else 8
-    tile += first
+    last = tl.minimum(first + split_blocks, blocks)
     x_block = x[:, None] + first * 64 + tl.arange(0, 64)[None, :]
-    packed_block = packed + (tile * (16 * WORDS) + tile_row * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
-    absmax_block = absmax + tile * 16 + tile_row
+    packed_block = packed + ((tile + first) * (16 * WORDS) + tile_row * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
+    absmax += tile * 16 + tile_row
     sums = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHT_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(first, tl.minimum(first + split_blocks, blocks), UNROLL):
+    # Operands of products go through the compiler's pipeline, scales do not: they are loaded a turn ahead.
+    scales = _scales(absmax + first * 16, UNROLL)
+    for block in range(first, last, UNROLL):
+        next_scales = _scales(absmax + tl.minimum(block + UNROLL, last - UNROLL) * 16, UNROLL)
         for i in tl.static_range(UNROLL):
             words = tl.load(packed_block + i * (16 * WORDS))
             inputs = tl.load(x_block + i * 64)
-            scale = tl.load(absmax_block + i * 16)
             weights = decode_words(words, DTYPE) if USES_PTX else decode_words_portably(words, DTYPE, LEVELS)
             if WEIGHT_FIRST:
-                sums += dot(weights, tl.trans(inputs), tl.zeros_like(sums)) * scale[:, None]
+                sums += dot(weights, tl.trans(inputs), tl.zeros_like(sums)) * scales[i][:, None]
             else:
-                sums += dot(inputs, tl.trans(weights), tl.zeros_like(sums)) * scale[None, :]
+                sums += dot(inputs, tl.trans(weights), tl.zeros_like(sums)) * scales[i][None, :]
+        scales = next_scales
         packed_block += UNROLL * 16 * WORDS
         x_block += UNROLL * 64
-        absmax_block += UNROLL * 16
     return sums
+
+
+@triton.jit
+def _scales(absmax, UNROLL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """absmax of UNROLL blocks, repeated to four."""
+    return (
+        tl.load(absmax),
+        tl.load(absmax + 16 * (1 % UNROLL)),
+        tl.load(absmax + 16 * (2 % UNROLL)),
+        tl.load(absmax + 16 * (3 % UNROLL)),
+    )
 
 
 @triton.jit

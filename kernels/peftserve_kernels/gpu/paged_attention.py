@@ -81,7 +81,7 @@ def attention_choice(target: Target, dtype: torch.dtype, head_dim: int) -> tuple
 
 
 def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def paged_attention(
@@ -204,8 +204,8 @@ def _decode(call: _Call, decode: Tensor, choice: AttentionChoice) -> None:
 
 def max_splits(positions: int, window: int) -> int:
     """Splits that one query may see in a context of at most `positions`; at least one."""
-    splits = max(triton.cdiv(positions, SPLIT), 1)
-    return min(splits, triton.cdiv(window - 1, SPLIT) + 1) if window else splits
+    splits = max(-(-positions // SPLIT), 1)
+    return min(splits, -(-(window - 1) // SPLIT) + 1) if window else splits
 
 
 def _prefill(call: _Call, prefill: Tensor, choice: AttentionChoice) -> None:

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftserve_kernels.gpu.launch import launch
+from peftserve_kernels.gpu.low_rank import rounded
 
 # Elements of the two halves of its heads that a program of 4 warps holds: 8 of each a thread, 16 bytes in bf16.
 _HALF_ELEMENTS: Final = 1024
@@ -83,19 +84,19 @@ def rope_and_store_kv_kernel(  # type: ignore[no-untyped-def]
     b = tl.where(is_v[:, None], b_raw, b)
 
     q_row = q_out + token * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + column[None, :]
-    tl.store(q_row, a, mask=is_q[:, None] & inside)
-    tl.store(q_row + HALF, b, mask=is_q[:, None] & inside)
+    tl.store(q_row, rounded(a, q_out.dtype.element_ty), mask=is_q[:, None] & inside)
+    tl.store(q_row + HALF, rounded(b, q_out.dtype.element_ty), mask=is_q[:, None] & inside)
 
-    slot = tl.load(slots + token).to(tl.int64)
-    stored = inside & (slot >= 0)
+    slot = tl.load(slots + token).to(tl.int64) + tl.zeros((HEADS,), tl.int64)
+    stored = inside & (slot >= 0)[:, None]
     kv_head = tl.where(is_v, head - QK_HEADS, head - NUM_HEADS)
     cache_row = (slot // PAGE_SIZE * NUM_KV_HEADS + kv_head) * PAGE_SIZE + slot % PAGE_SIZE
     at = cache_row[:, None] * HEAD_DIM + column[None, :]
     is_k = (head >= NUM_HEADS) & (head < QK_HEADS)
-    tl.store(k_cache + at, a, mask=is_k[:, None] & stored)
-    tl.store(k_cache + at + HALF, b, mask=is_k[:, None] & stored)
-    tl.store(v_cache + at, a, mask=is_v[:, None] & stored)
-    tl.store(v_cache + at + HALF, b, mask=is_v[:, None] & stored)
+    tl.store(k_cache + at, rounded(a, k_cache.dtype.element_ty), mask=is_k[:, None] & stored)
+    tl.store(k_cache + at + HALF, rounded(b, k_cache.dtype.element_ty), mask=is_k[:, None] & stored)
+    tl.store(v_cache + at, rounded(a, k_cache.dtype.element_ty), mask=is_v[:, None] & stored)
+    tl.store(v_cache + at + HALF, rounded(b, k_cache.dtype.element_ty), mask=is_v[:, None] & stored)
 
 
 def rope_and_store_kv(

@@ -59,6 +59,7 @@ class DecodeBatch:
             on_device = self._on_device[offset : offset + sizes[name]].view(dtype).view(shape)
             self._fields[name] = _Field(host, on_device)
             offset += _aligned(sizes[name])
+        self._no_tiles = torch.empty((0, 3), dtype=torch.int32, device=device)
         self._host("query_start")[:] = np.arange(max_rows + 1)
         # Whose block table each row holds, and how much of it: tables only grow, so that mostly nothing is written.
         self._tables: list[Sequence[int] | None] = [None] * max_rows
@@ -97,6 +98,8 @@ class DecodeBatch:
                 block_tables=self._device("block_tables")[:rows],
                 query_start=self._device("query_start")[: rows + 1],
                 context_len=self._device("context_len")[:rows],
+                decode=self._device("query_start")[:rows],  # sequence s has query s
+                prefill=self._no_tiles,
             ),
             sample_rows=None,
             lora=self._segments("lora", rows) if lora else None,
