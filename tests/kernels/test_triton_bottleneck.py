@@ -76,9 +76,9 @@ def test_activations(kind: Activation) -> None:
     assert_close(y.double(), expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("columns", [33, 96])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_activation_and_input(dtype: torch.dtype, columns: int) -> None:
+def test_every_activation_and_input(dtype: torch.dtype) -> None:
+    columns = 33
     weights = make_case([((1, 8, 13, 20)[slot % 4], 0) for slot in range(len(Activation))], columns, dtype)
     slots = torch.randperm(len(Activation)).tolist()
     starts = [1, *(2 + index for index in range(len(slots)))]
@@ -110,9 +110,9 @@ def test_segments(monkeypatch: pytest.MonkeyPatch, start: list[int], slot: list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [8, 33, 64, 576])
+@pytest.mark.parametrize("columns", [8, 33, 64, 320])
 def test_sizes(dtype: torch.dtype, columns: int) -> None:
-    widths = [((1, 8, 13, 40)[slot % 4], 5) for slot in range(3 * len(Activation))]
+    widths = [((1, 8, 13, 40)[slot % 4], 5) for slot in range(len(Activation) + 1)]
     weights = make_case([*widths, (0, 0)], columns, dtype)
     slots = torch.randperm(len(widths) + 1).tolist()
     starts = [1]
@@ -139,7 +139,7 @@ def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
         assert same_bits(again, whole), options
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
     with rows_alike():

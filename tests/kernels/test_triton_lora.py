@@ -103,10 +103,10 @@ def test_sizes(dtype: torch.dtype, columns: int, outs: tuple[int, ...]) -> None:
 def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch or two, over any number of columns and rank groups, with several column splits."""
     monkeypatch.setattr(gpu, "SPLIT_COLUMNS", 32)
-    weights, slices = make_case(75, (140, 30), [[33, 9], [16, 40]], torch.bfloat16, torch.bfloat16)
-    segments = Segments.build([0, 1, 19], [1, 0])
+    weights, slices = make_case(75, (140, 30), [[33, 9], [16, 4]], torch.bfloat16, torch.bfloat16)
+    segments = Segments.build([0, 1, 6], [1, 0])
     use(monkeypatch, fused=True, columns=64)
-    x, before, whole = check(segments, 19, weights, slices, torch.bfloat16)
+    x, before, whole = check(segments, 6, weights, slices, torch.bfloat16)
     for options in ({"fused": True, "columns": 256}, {"fused": False}, {"fused": False, "rank_groups": 3}):
         use(monkeypatch, **options)
         again = before.clone()
@@ -114,7 +114,7 @@ def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
         assert same_bits(again, whole), options
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
     with rows_alike():

@@ -61,7 +61,7 @@ def choose(
     return choose_launches(target, tuning, tiles, pages, in_features, widths, splits)
 
 
-@triton.constexpr_function  # type: ignore[untyped-decorator]
+@triton.constexpr_function
 def _pieces_before(slices: Sequence[tuple[int, int, int, int]], index: int, columns: int) -> int:
     return sum(-(-piece[3] // columns) for piece in slices[:index])
 
@@ -342,7 +342,7 @@ def lora_add(
             lora_add_kernel, (tiles, pieces), x, x.stride(0), inner, *tables, *outputs, *sizes, **options, **schedule
         )
         return
-    grid = tiles, len(slices) * splits, choice.rank_groups
+    grid: tuple[int, ...] = (tiles, len(slices) * splits, choice.rank_groups)
     launch(lora_shrink_kernel, grid, x, x.stride(0), inner, *tables, *sizes, **shrink_options, **schedule)
-    grid = tiles, pieces
+    grid = (tiles, pieces)
     launch(lora_expand_kernel, grid, inner, *tables[:3], *outputs, *sizes, **expand_options, **schedule)
