@@ -158,7 +158,8 @@ struct Totals {
 //
 // Never inlined: one copy serves the element types of x and y, and compiles once.
 template <class Dot, int kRows, int kGroups, class Source>
-[[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals, std::ptrdiff_t stride) {
+[[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals,
+                                      std::ptrdiff_t stride) {
   constexpr int kSums = kGroups * Dot::kSums, kCount = kGroups * kVectors;
   typename Dot::Sum sums[kRows][kSums];
   unroll<kRows * kSums>([&](auto i) __attribute__((always_inline)) {
@@ -173,7 +174,8 @@ template <class Dot, int kRows, int kGroups, class Source>
         weights[v.value] = source.template weights<step.value, v.value>(prepared, cell);
       });
       unroll<kRows>([&](auto row) __attribute__((always_inline)) {
-        const auto units = Dot::broadcast(x + row.value * Dot::kUnits + (cell * Dot::kSteps + step.value) * Dot::kStepUnits);
+        constexpr int kRow = decltype(row)::value * Dot::kUnits;
+        const auto units = Dot::broadcast(x + kRow + (cell * Dot::kSteps + step.value) * Dot::kStepUnits);
         unroll<kSums>([&](auto v) __attribute__((always_inline)) {
           sums[row.value][v.value] = Dot::dot(sums[row.value][v.value], weights[v.value], units);
         });

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftserve_kernels import NF4_CODE, Nf4Layout, Nf4Weight, dequantize_nf4
-from peftserve_kernels.gpu.nf4_decode import LEVEL_SCALE, decode_asm, decode_words_portably, levels
+from peftserve_kernels.gpu.nf4_decode import LEVEL_SCALE, decode_asm, decode_words_portably, levels, portable_table
 from peftserve_kernels.nf4 import BLOCKED_CODES
 from tests.kernels.nf4_oracle import quantize
 
@@ -118,10 +118,10 @@ def test_float32_levels_are_exact() -> None:
 
 
 @triton.jit
-def _decode(words, out, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(words, out, TABLE: tl.constexpr):  # type: ignore[no-untyped-def]
     rows = tl.arange(0, 64)[:, None]
     block = tl.load(words + rows * 8 + tl.arange(0, 8)[None, :])
-    values = decode_words_portably(block, out.dtype.element_ty, LEVELS)
+    values = decode_words_portably(block, out.dtype.element_ty, TABLE)
     tl.store(out + rows * 64 + tl.arange(0, 64)[None, :], values)
 
 
@@ -130,7 +130,7 @@ def test_the_portable_way_gives_the_same(dtype: torch.dtype) -> None:
     words = torch.randint(-(1 << 31), 1 << 31, (64, 8), dtype=torch.int32)
     out = torch.empty(64, 64, dtype=dtype)
     kernel: Any = _decode
-    kernel[(1,)](words, out, LEVELS=levels(dtype))
+    kernel[(1,)](words, out, TABLE=portable_table(dtype))
     codes = torch.stack([(words.long() >> (4 * p)) & 15 for p in range(8)], dim=2).view(64, 8, 4, 2)
     assert torch.equal(out, wanted(dtype)[codes.permute(0, 2, 1, 3).reshape(64, 64)])
 

@@ -32,6 +32,14 @@ def levels(dtype: torch.dtype) -> tuple[float, ...]:
     return tuple((code * LEVEL_SCALE[dtype]).to(dtype).tolist())
 
 
+@cache
+def portable_table(dtype: torch.dtype) -> tuple[float, ...] | tuple[int, ...]:
+    """What `decode_words_portably` looks levels up in: 16 numbers, or four as the 16-bit parts of each int64."""
+    if dtype == torch.float32:
+        return levels(dtype)
+    return tuple(torch.tensor(levels(dtype), dtype=dtype).view(torch.int64).tolist())
+
+
 def _level_words(dtype: torch.dtype) -> list[int]:
     """The level's 16 bits. Zero's sign is its partner's."""
     values = torch.tensor(levels(dtype), dtype=dtype)
@@ -107,14 +115,18 @@ def _beside(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_words_portably(words, DTYPE: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int32 [N, 8] to [N, 64] in DTYPE, as `decode_words`; LEVELS are `levels` of that dtype."""
+def decode_words_portably(words, DTYPE: tl.constexpr, TABLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 [N, 8] to [N, 64] in DTYPE, as `decode_words`, or float32; TABLE is `portable_table` of that dtype."""
     nibbles = (words[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
     nibbles = tl.permute(tl.reshape(nibbles, (words.shape[0], 8, 4, 2)), (0, 2, 1, 3))
     nibbles = tl.reshape(nibbles, (words.shape[0], 64))
-    lower = _one_of_eight(nibbles, LEVELS[0:8])
-    upper = _one_of_eight(nibbles, LEVELS[8:16])
-    return tl.where(nibbles & 8 != 0, upper, lower).to(DTYPE)
+    upper = nibbles & 8 != 0
+    if DTYPE.is_fp32():
+        return tl.where(upper, _one_of_eight(nibbles, TABLE[8:16]), _one_of_eight(nibbles, TABLE[0:8]))
+    odd = nibbles & 4 != 0
+    # Two conditions a weight: with the four of a tree of choices an AMD wave runs out of scalar registers.
+    four = tl.where(upper, tl.where(odd, TABLE[3], TABLE[2]), tl.where(odd, TABLE[1], TABLE[0]))
+    return (four >> ((nibbles & 3) * 16).to(tl.int64)).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit

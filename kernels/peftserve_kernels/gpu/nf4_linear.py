@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftserve_kernels.gpu.device import dot
 from peftserve_kernels.gpu.launch import INTERPRETED, Target, current_target, launch
-from peftserve_kernels.gpu.nf4_decode import LEVEL_SCALE, decode_words, decode_words_portably, levels
+from peftserve_kernels.gpu.nf4_decode import LEVEL_SCALE, decode_words, decode_words_portably, portable_table
 from peftserve_kernels.nf4 import NF4_BLOCK, Nf4Layout, Nf4Weight
 
 
@@ -47,7 +47,7 @@ _AMPERE: Final = (
     Config(8, 8, 64, True, 4, 3),
     Config(16, 16, 64, True, 4, 3),
     Config(32, 32, 64, True, 4, 3),
-    Config(64, 64, 64, True, 4, 3),
+    Config(64, 64, 128, True, 8, 3),
     Config(_UNLIMITED, 64, 128, True, 8, 3, splits_in_turn=True, most_unroll=2),
 )
 _HOPPER: Final = (
@@ -62,7 +62,7 @@ _BLACKWELL: Final = (
     Config(16, 16, 64, False, 4, 3),
     Config(32, 32, 64, False, 4, 3),
     Config(64, 64, 128, True, 4, 3),
-    Config(_UNLIMITED, 64, 128, True, 4, 3, splits_in_turn=True, most_unroll=3),
+    Config(_UNLIMITED, 64, 128, True, 4, 3, splits_in_turn=True, most_unroll=1),
 )
 _CDNA: Final = (
     Config(16, 16, 64, True, 4, 2),
@@ -166,7 +166,7 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
         IS_PARTIAL=is_partial,
         WEIGHT_FIRST=config.weight_first,
         USES_PTX=uses_ptx,
-        LEVELS=None if uses_ptx else levels(x.dtype),
+        TABLE=None if uses_ptx else portable_table(x.dtype),
         INVERSE_SCALE=inverse_scale,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -209,7 +209,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     IS_PARTIAL: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     USES_PTX: tl.constexpr,
-    LEVELS: tl.constexpr,
+    TABLE: tl.constexpr,
     INVERSE_SCALE: tl.constexpr,
 ):
     """y = x W^T + bias, or float32 y [splits, tokens, rows] without bias. TURNS: the splits of one program."""
@@ -225,7 +225,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     for turn in range(TURNS):
         part = _split_sums(
             x, packed, absmax, tile, tile_row, blocks, (split + turn) * split_blocks, split_blocks,
-            BLOCK_M, BLOCK_N, UNROLL, WEIGHT_FIRST, USES_PTX, LEVELS,
+            BLOCK_M, BLOCK_N, UNROLL, WEIGHT_FIRST, USES_PTX, TABLE,
         )  # fmt: skip
         sums += part
     is_inside = (m < tokens)[:, None] & (n < rows)[None, :]
@@ -256,7 +256,7 @@ def _split_sums(  # type: ignore[no-untyped-def]
     UNROLL: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     USES_PTX: tl.constexpr,
-    LEVELS: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """The sums of blocks first .. first + split_blocks, as far as there are: [rows, tokens] if WEIGHT_FIRST."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -273,7 +273,7 @@ def _split_sums(  # type: ignore[no-untyped-def]
         for i in tl.static_range(UNROLL):
             words = tl.load(packed_block + i * (16 * WORDS))
             inputs = tl.load(x_block + i * 64)
-            weights = decode_words(words, DTYPE) if USES_PTX else decode_words_portably(words, DTYPE, LEVELS)
+            weights = decode_words(words, DTYPE) if USES_PTX else decode_words_portably(words, DTYPE, TABLE)
             if WEIGHT_FIRST:
                 sums += dot(weights, tl.trans(inputs), tl.zeros_like(sums)) * scales[i][:, None]
             else:
