@@ -31,6 +31,7 @@ def triton_server(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         yield process
 
 
+@pytest.mark.slow
 async def test_all_kinds_at_once(
     triton_server: ServerProcess, adapter_folders: dict[str, Path], cases: list[Case]
 ) -> None:
