@@ -1,4 +1,4 @@
-"""The model on its Triton kernels without a GPU: interpreted, against the CPU path, and recorded as for a CUDA graph."""
+"""The model on its Triton kernels, without a GPU: interpreted beside the CPU path, and recorded as for a graph."""
 
 import dataclasses
 import importlib
