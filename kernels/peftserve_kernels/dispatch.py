@@ -13,6 +13,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from peftserve_kernels.capture import unguarded
+
 ENVIRONMENT_VARIABLE: Final = "PEFTSERVE_KERNELS"
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
@@ -58,7 +60,8 @@ def triton_op(module: str, name: str) -> Mapping[Backend, Callable[..., Any]]:
 
     @cache
     def implementation() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"peftserve_kernels.gpu.{module}"), name)
+        with unguarded():  # what a module computes when it is imported is no part of a captured step
+            function: Callable[..., Any] = getattr(importlib.import_module(f"peftserve_kernels.gpu.{module}"), name)
         return function
 
     return {Backend.TRITON: lambda *args, **kwargs: implementation()(*args, **kwargs)}

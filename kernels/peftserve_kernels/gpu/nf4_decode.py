@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from peftserve_kernels.capture import unguarded
 from peftserve_kernels.nf4 import BLOCKED_CODES, NF4_CODE
 
 LEVEL_SCALE: Final = {torch.bfloat16: 1.749755859375, torch.float16: 1.2685546875, torch.float32: 1.0}
@@ -28,8 +29,9 @@ LEVEL_SCALE: Final = {torch.bfloat16: 1.749755859375, torch.float16: 1.268554687
 @cache
 def levels(dtype: torch.dtype) -> tuple[float, ...]:
     """The scaled and rounded level of each nibble."""
-    code = torch.tensor(NF4_CODE, device="cpu")[list(BLOCKED_CODES)]
-    return tuple((code * LEVEL_SCALE[dtype]).to(dtype).tolist())
+    with unguarded():  # constants of the program, also when a capture is the first to ask
+        code = torch.tensor(NF4_CODE, device="cpu")[list(BLOCKED_CODES)]
+        return tuple((code * LEVEL_SCALE[dtype]).to(dtype).tolist())
 
 
 @cache
