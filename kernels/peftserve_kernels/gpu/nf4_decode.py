@@ -39,7 +39,8 @@ def portable_table(dtype: torch.dtype) -> tuple[float, ...] | tuple[int, ...]:
     """What `decode_words_portably` looks levels up in: 16 numbers, or four as the 16-bit parts of each int64."""
     if dtype == torch.float32:
         return levels(dtype)
-    return tuple(torch.tensor(levels(dtype), dtype=dtype).view(torch.int64).tolist())
+    with unguarded():
+        return tuple(torch.tensor(levels(dtype), dtype=dtype).view(torch.int64).tolist())
 
 
 def _level_words(dtype: torch.dtype) -> list[int]:
