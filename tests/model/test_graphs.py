@@ -1,50 +1,26 @@
 """Captured decode steps give what the same steps give op by op, to the bit, for any mix of adapters."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from peftserve.engine.plan import Row, SampleSpec, StepPlan, segments
+from peftserve.model import graphs
 from peftserve.model.batch import Batch, build_batch
 from peftserve.model.decode_batch import DecodeBatch
 from peftserve.model.graphs import TapeGraphs, graph_sizes, is_decode, size_for
 from peftserve.types import AdapterKind
 from peftserve_kernels.capture import CaptureError, CaptureGuard
 from peftserve_kernels.cpu.extension import HAS_NATIVE
-from tests import tiny_models
-from tests.goldens.bottleneck.random_adapter import write_random_adapter
-from tests.model import oracle
 from tests.model.driver import GREEDY, Driver, Job
 
 native = pytest.mark.skipif(not HAS_NATIVE, reason="the extension is not built")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_checkpoint("llama_bias", tmp_path_factory.mktemp("model"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    base: Any = oracle.load_base(folder)
-    root = tmp_path_factory.mktemp("adapters")
-    spec = Driver(folder).spec
-    write_random_adapter(
-        root / "houlsby", kind="houlsby", hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=3, gain=0.3
-    )
-    return [
-        oracle.save_lora(base, root / "lora-3", rank=3, targets="attention", seed=1),
-        oracle.save_lora(base, root / "lora-9", rank=9, targets="all", seed=2),
-        oracle.save_prefix(base, root / "prefix", num_tokens=6, seed=2),
-        root / "houlsby",
-    ]
-
-
-def jobs(driver: Driver, adapters: list[Path]) -> list[Job]:
-    placed = [None, *(driver.add(adapter) for adapter in adapters)]
+def jobs(driver: Driver, every_kind: list[Path]) -> list[Job]:
+    placed = [None, *(driver.add(adapter) for adapter in every_kind)]
     # Of different lengths, so that every number of rows and every mix of kinds comes up, and some come again.
     return [Job(list(range(3, 9 + i)), 2 + 3 * i, adapter=placed[i % len(placed)]) for i in range(9)]
 
@@ -52,12 +28,12 @@ def jobs(driver: Driver, adapters: list[Path]) -> list[Job]:
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replayed_steps_equal_steps_run_op_by_op(
-    folder: Path, adapters: list[Path], dtype: torch.dtype, tmp_path: Path
+    base_folder: Path, every_kind: list[Path], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     results = []
     for name, max_rows in (("eager", 0), ("replayed", 64)):
-        driver = Driver(folder, dtype=dtype, store=tmp_path / name, max_rows=max_rows)
-        run = jobs(driver, adapters)
+        driver = Driver(base_folder, dtype=dtype, store=tmp_path / name, max_rows=max_rows)
+        run = jobs(driver, every_kind)
         driver.run(*run)
         results.append([[(pick.token_id, pick.logprobs) for pick in job.sampled] for job in run])
         driver.close()
@@ -134,17 +110,24 @@ def test_graph_sizes() -> None:
     assert [size_for(rows, sizes) for rows in (1, 3, 29, 30, 31)] == [1, 4, 30, 30, None]
 
 
+def test_without_the_extension_nothing_is_captured(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Driver(base_folder).runner._decoder
+    inputs = DecodeBatch(max_rows=2, max_context=8, page_size=4, device=CPU)
+    monkeypatch.setattr(graphs, "HAS_NATIVE", False)
+    assert graphs.make_graphs(decoder, inputs, CPU) is None
+
+
 @native
-def test_a_tape_would_miss_nothing(folder: Path, adapters: list[Path], tmp_path: Path) -> None:
+def test_a_tape_would_miss_nothing(base_folder: Path, every_kind: list[Path], tmp_path: Path) -> None:
     """The guard passes over every recorded step, and finds an op of torch's that is planted in the decoder."""
-    driver = Driver(folder, store=tmp_path / "store")
+    driver = Driver(base_folder, store=tmp_path / "store")
     decoder = driver.runner._decoder
     inputs = DecodeBatch(max_rows=8, max_context=64, page_size=4, device=CPU)
     every = plan(
         [
             row("a", AdapterKind.BASE, 0, 6, [3, 9]),
-            row("b", AdapterKind.LORA, driver.add(adapters[0]).placement.slot, 1, [4]),
-            row("c", AdapterKind.BOTTLENECK, driver.add(adapters[3]).placement.slot, 4, [1, 2]),
+            row("b", AdapterKind.LORA, driver.add(every_kind[0]).placement.slot, 1, [4]),
+            row("c", AdapterKind.BOTTLENECK, driver.add(every_kind[3]).placement.slot, 4, [1, 2]),
         ]
     )
     with torch.inference_mode(), CaptureGuard(computes=False):

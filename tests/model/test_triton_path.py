@@ -21,33 +21,9 @@ from peftserve_kernels import dispatch
 from peftserve_kernels.capture import CaptureError, CaptureGuard
 from peftserve_kernels.dispatch import Backend
 from peftserve_kernels.gpu.launch import TARGETS, Launch, recording, watching
-from tests import tiny_models
-from tests.goldens.bottleneck.random_adapter import write_random_adapter
-from tests.model import oracle
 from tests.model.driver import GREEDY, Driver, Job
 
 META = torch.device("meta")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_checkpoint("llama_bias", tmp_path_factory.mktemp("model"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    base: Any = oracle.load_base(folder)
-    root = tmp_path_factory.mktemp("adapters")
-    spec = Driver(folder).spec
-    write_random_adapter(
-        root / "houlsby", kind="houlsby", hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=3, gain=0.3
-    )
-    return [
-        oracle.save_lora(base, root / "lora-3", rank=3, targets="attention", seed=1),
-        oracle.save_lora(base, root / "lora-17", rank=17, targets="all", seed=2),
-        oracle.save_prefix(base, root / "prefix", num_tokens=6, seed=2),
-        root / "houlsby",
-    ]
 
 
 @pytest.fixture
@@ -69,20 +45,20 @@ def op_modules() -> list[str]:
     return [n for n in names if hasattr(importlib.import_module(f"peftserve_kernels.{n}"), "_IMPLEMENTATIONS")]
 
 
-def jobs(driver: Driver, adapters: list[Path]) -> list[Job]:
+def jobs(driver: Driver, every_kind: list[Path]) -> list[Job]:
     """Every kind, of different lengths: some prompts are still in chunks while others decode, one row has penalties."""
-    placed = [None, *(driver.add(adapter) for adapter in adapters)]
+    placed = [None, *(driver.add(adapter) for adapter in every_kind)]
     penalties = SamplingParams(max_tokens=9, temperature=0.8, top_p=0.9, presence_penalty=0.5, logprobs=20)
     found = [Job(list(range(3, 8 + 3 * i)), 4, adapter=adapter, chunks=(2, 5)) for i, adapter in enumerate(placed)]
     return [*found, Job([5, 9, 11], 4, adapter=placed[1], params=penalties)]
 
 
 def test_all_kinds_in_one_batch_give_the_tokens_of_the_cpu_path(
-    folder: Path, adapters: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+    base_folder: Path, every_kind: list[Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     def run(name: str) -> list[Job]:
-        driver = Driver(folder, store=tmp_path / name)
-        found = jobs(driver, adapters)
+        driver = Driver(base_folder, store=tmp_path / name)
+        found = jobs(driver, every_kind)
         driver.run(*found)
         driver.close()
         return found
@@ -113,8 +89,8 @@ def test_every_op_has_a_triton_kernel() -> None:
 class Meta:
     """The decoder and its inputs without data: whatever would look at a value has none to look at."""
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        driver = Driver(folder)
+    def __init__(self, base_folder: Path, rows: int) -> None:
+        driver = Driver(base_folder)
         spec = self.spec = driver.spec
         decoder = driver.runner._decoder
         caches = KvCache(spec, num_pages=8, page_size=4, dtype=torch.bfloat16, device=META).layers
@@ -153,9 +129,9 @@ def signature(launch: Launch) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("target", TARGETS[:3], ids=str)
-def test_a_decode_step_can_be_captured(folder: Path, target: Any) -> None:
+def test_a_decode_step_can_be_captured(base_folder: Path, target: Any) -> None:
     """Nothing is read on the host, no size depends on data, and the launches are the same for every mix of requests."""
-    meta = Meta(folder, rows=6)
+    meta = Meta(base_folder, rows=6)
     runs = []
     for rows in (
         [Row("a", AdapterKind.BASE, 0, [5], 3, [1], SampleSpec(GREEDY, 0, 0))],
@@ -192,8 +168,8 @@ def test_a_decode_step_can_be_captured(folder: Path, target: Any) -> None:
     ],
     ids=["item", "mask", "host tensor", "copy"],
 )
-def test_the_guard_finds_what_is_planted(folder: Path, planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    meta = Meta(folder, rows=2)
+def test_the_guard_finds_what_is_planted(base_folder: Path, planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = Meta(base_folder, rows=2)
     honest = meta.decoder.logits
     monkeypatch.setattr(meta.decoder, "logits", lambda stream: planted(honest(stream)))
     batch = meta.batch()

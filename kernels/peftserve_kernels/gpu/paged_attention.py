@@ -56,7 +56,7 @@ class _Entry(NamedTuple):
 # The first entry that fits is taken. Shared memory bounds keys * head_dim * stages, registers rows * head_dim / warps.
 # Pages are looked up one stage before keys and values are copied, so that 5 stages hold two blocks of those.
 _CHOICES: Final = (
-    _Entry("cuda", 0, 2, 32, AttentionChoice(16, 64, 4, 5), AttentionChoice(128, 32, 8, 5)),
+    _Entry("cuda", 0, 2, 32, AttentionChoice(16, 32, 4, 5), AttentionChoice(128, 32, 8, 5)),
     _Entry("cuda", 0, 2, 64, AttentionChoice(16, 64, 4, 5), AttentionChoice(128, 64, 8, 5)),
     _Entry("cuda", 90, 2, 128, AttentionChoice(16, 64, 4, 5), AttentionChoice(128, 64, 8, 5)),
     _Entry("cuda", 0, 2, 128, AttentionChoice(16, 64, 4, 5), AttentionChoice(128, 32, 8, 5)),

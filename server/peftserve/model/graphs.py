@@ -16,6 +16,7 @@ import torch
 from peftserve.engine.plan import StepPlan
 from peftserve.model.batch import Batch
 from peftserve.model.decode_batch import DecodeBatch
+from peftserve_kernels.cpu.extension import HAS_NATIVE
 from peftserve_kernels.cpu.tape import Tape, TapeMemory
 from peftserve_kernels.dispatch import Backend, backend_for
 
@@ -42,7 +43,7 @@ def is_decode(plan: StepPlan) -> bool:
 def make_graphs(model: Model, inputs: DecodeBatch, device: torch.device) -> StepGraphs | None:
     """The way to capture steps on `device`; None where there is none (the torch references)."""
     backend = backend_for(device)
-    if backend is Backend.CPU:
+    if backend is Backend.CPU and HAS_NATIVE:
         return TapeGraphs(model, inputs)
     if backend is Backend.TRITON and device.type == "cuda":
         return CudaGraphs(model, inputs, device)
