@@ -11,8 +11,8 @@ layers, a loop over adapters as PEFT has it for LoRA, the reference for the rest
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import options
 import report
-from measure import Call, rotating
+from measure import Call, Effort, interleave, rotating
 from nf4_cases import Case, copies_for, layer_shapes
 from op_cases import OpCases
 from ops import SMOLLM2
@@ -58,6 +58,7 @@ _TINY = ModelSpec(
 )
 _TOKENS = (1, 8, 16, 32, 64, 512, 2048)
 _READ_BYTES = 1 << 30
+_Measure = Callable[[Mapping[str, Call]], Mapping[str, Sequence[float]]]
 _TOLERANCE = 0.02  # of the norm: bf16 levels, bf16 results
 
 
@@ -75,13 +76,14 @@ def main(
     if backend_for(torch.get_default_device()) is not Backend.TRITON:
         raise typer.BadParameter("the Triton backend is not chosen here: set PEFTSERVE_KERNELS=triton")
     torch.manual_seed(0)
-    clock = _EventClock(rounds) if device == "cuda" else _HostClock(rounds)
-    bandwidth = _read_bandwidth(clock, quick=quick)
+    effort = Effort(rounds, turn_s=1e-4 if quick else 5e-3)
+    measure = partial(interleave, effort=effort, timer=_card_time if device == "cuda" else None)
+    bandwidth = _read_bandwidth(measure, quick=quick)
     rows = []
     for name, spec in (("tiny", _TINY),) if quick else (("SmolLM2-135M", SMOLLM2), ("Llama-3.1-8B", LLAMA_8B)):
         for case in _cases(spec, quick=quick):
             report.progress.print(f"{name}: {case.op} {case.shape}, M = {case.tokens}")
-            rows.append(_measure(name, case, clock, bandwidth))
+            rows.append(_measured(name, case, measure, bandwidth))
     _show(rows, bandwidth)
     served = _serve_mix() if device == "cuda" else None
     report.write_json(
@@ -102,50 +104,21 @@ def main(
         raise typer.Exit(1)
 
 
-class _HostClock:
-    """Seconds a call by the host's clock, a value a round."""
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-
-    def seconds(self, variants: Mapping[str, Call]) -> dict[str, list[float]]:
-        """All variants in turns."""
-        found: dict[str, list[float]] = {name: [] for name in variants}
-        for call in variants.values():
-            call()
-        for _ in range(self.rounds):
-            for name, call in variants.items():
-                found[name].append(self._time(call))
-        return found
-
-    def _time(self, call: Call) -> float:
-        began = time.perf_counter()
+def _card_time(call: Call, count: int) -> float:
+    """Seconds a call between CUDA events, after one call that pays for what came before."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
         call()
-        return time.perf_counter() - began
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / count
 
 
-class _EventClock(_HostClock):
-    """Seconds a call on the card: CUDA events around as many calls as take about two milliseconds."""
-
-    def _time(self, call: Call) -> float:
-        count = 1
-        while (elapsed := self._run(call, count)) < 2e-3 and count < 4096:
-            count *= 2
-        return elapsed / count
-
-    def _run(self, call: Call, count: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-
-def _read_bandwidth(clock: _HostClock, *, quick: bool) -> float:
+def _read_bandwidth(measure: _Measure, *, quick: bool) -> float:
     memory = torch.ones((1 << 16 if quick else _READ_BYTES) // 4)
-    return memory.nbytes / statistics.median(clock.seconds({"read": memory.sum})["read"])
+    return memory.nbytes / statistics.median(measure({"read": memory.sum})["read"])
 
 
 def _cases(spec: ModelSpec, *, quick: bool) -> Iterator[Case]:
@@ -195,9 +168,9 @@ class _Layer:
         )
 
 
-def _measure(model: str, case: Case, clock: _HostClock, bandwidth: float) -> dict[str, Any]:
+def _measured(model: str, case: Case, measure: _Measure, bandwidth: float) -> dict[str, Any]:
     error = _error(case.variants["ours"], case.variants["reference"])
-    seconds = clock.seconds(case.variants)
+    seconds = measure(case.variants)
     ours = statistics.median(seconds["ours"])
     return {
         "model": model,

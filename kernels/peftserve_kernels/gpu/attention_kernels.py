@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from peftserve_kernels.gpu.device import dot
-from peftserve_kernels.gpu.low_rank import rounded
+from peftserve_kernels.gpu.device import dot, rounded
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftserve_kernels.gpu.device import rounded
 from peftserve_kernels.gpu.launch import launch
-from peftserve_kernels.gpu.low_rank import rounded
 
 # The widest row that rms_norm keeps in registers between its sum and its product; wider ones are read twice.
 _REGISTER_ROW: Final = 16384

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftserve_kernels.gpu.device import rounded
 from peftserve_kernels.gpu.launch import Target, current_target, launch
 from peftserve_kernels.gpu.low_rank import (
     RANK_STEP,
@@ -23,7 +24,6 @@ from peftserve_kernels.gpu.low_rank import (
     expand,
     inner_ptrs,
     num_pieces,
-    rounded,
     shrink,
     tile_at,
     tuning_for,

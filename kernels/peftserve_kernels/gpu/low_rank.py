@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from peftserve_kernels.gpu.device import dot
-from peftserve_kernels.gpu.launch import INTERPRETED, Target
+from peftserve_kernels.gpu.device import dot, rounded
+from peftserve_kernels.gpu.launch import Target
 from peftserve_kernels.rank_pages import RANK_PAGE_ROWS
 from peftserve_kernels.segments import TILE_TOKENS
 
@@ -22,9 +22,6 @@ TOKENS = tl.constexpr(TILE_TOKENS)
 RANK_STEP = tl.constexpr(16)
 """Rank rows taken at once: two pages, and the depth of a 16-bit tensor-core product."""
 _PAGE_ROWS = tl.constexpr(RANK_PAGE_ROWS)
-
-# The interpreter cuts float32 off to bfloat16 where the hardware rounds.
-_CUTS_OFF = tl.constexpr(INTERPRETED)
 
 _FUSED_WEIGHTS: Final = 1 << 18
 """The most weights that a program may read again, so that its output columns need no second launch.
@@ -90,15 +87,6 @@ def choose_launches(
 def num_pieces(widths: Sequence[int], columns: int) -> int:
     """Programs a tile when each takes `columns` of one output."""
     return sum(-(-width // columns) for width in widths)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 x as DTYPE, to the nearest, ties to even."""
-    if _CUTS_OFF and DTYPE is tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftserve_kernels.gpu.device import rounded
 from peftserve_kernels.gpu.launch import launch
-from peftserve_kernels.gpu.low_rank import rounded
 
 # Elements of the two halves of its heads that a program of 4 warps holds: 8 of each a thread, 16 bytes in bf16.
 _HALF_ELEMENTS: Final = 1024
