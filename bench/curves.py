@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 import options
@@ -33,8 +32,7 @@ def main(
 ) -> None:
     """Measure step times of 32 streams as adapters, ranks, context and registrations grow."""
     checkpoint = options.prepared(model, data_dir)
-    if threads:
-        torch.set_num_threads(threads)
+    options.use_threads(threads)
     sizes = QUICK if quick else full_sizes(rounds, context_streams)
     machine = describe(Limits(quick=quick), Effort(rounds=sizes.rounds, turn_s=0.001 if quick else 0.1))
     report.show_machine(machine)

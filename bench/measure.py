@@ -17,6 +17,8 @@ Timer = Callable[[Call, int], float]
 Rounds = Mapping[str, Sequence[float]]
 """One value a round, by variant."""
 
+_QUIET_S = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -61,7 +63,8 @@ def _calls_in(turn_s: float, call: Call, timer: Timer) -> int:
 
 
 def _time(call: Call, count: int) -> float:
-    call()  # pays for what the variant before left behind: caches full of its data, sleeping threads
+    time.sleep(_QUIET_S)  # the threads of the variant before stop looking for work
+    call()  # pays for what it left behind: caches full of its data
     began = time.perf_counter()
     for _ in range(count):
         call()

@@ -56,8 +56,7 @@ def main(
     threads: options.Threads = 0,
 ) -> None:
     """Measure every op at M = 1, 8, 64, 512 tokens."""
-    if threads:
-        torch.set_num_threads(threads)
+    options.use_threads(threads)
     torch.manual_seed(0)
     effort = Effort(rounds=2, turn_s=0.001) if quick else Effort(rounds=rounds, turn_s=0.05)
     limits = Limits(quick=quick)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import typer
 from typing_extensions import Unpack
 
@@ -125,8 +124,7 @@ def main(
 ) -> None:
     """Serve 1, 8, 32 and 64 streams of the base, of the base with LoRAs, and of the whole mix."""
     checkpoint = options.prepared(model, data_dir)
-    if threads:
-        torch.set_num_threads(threads)
+    options.use_threads(threads)
     effort = Effort(rounds=2, turn_s=0.001) if quick else Effort(rounds=rounds, turn_s=0.1)
     machine = describe(Limits(quick=quick), effort)
     report.show_machine(machine)
@@ -137,7 +135,7 @@ def main(
         }
         peft = PeftBaseline(checkpoint, {name: adapters[name] for name in LORAS})
         flags = [f"--model={checkpoint}", f"--data-dir={folder}/data", "--port=0", "--grpc-port=0"]
-        flags.append(f"--threads={torch.get_num_threads()}")
+        flags.append(f"--threads={threads}")
         with running_server(flags, Path(folder) / "server.log") as server:
             with Client(server.url) as client:
                 for name, path in adapters.items():

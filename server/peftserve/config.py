@@ -50,7 +50,7 @@ class EngineConfig(_Frozen):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     dtype: DType = Field("auto", description="Activations and KV cache; auto is bfloat16")
     threads: int = Field(
-        0, ge=0, le=1024, description="CPU threads of the engine; 0 takes the cores the process may use"
+        0, ge=0, le=1024, description="CPU threads of the engine; 0: a thread for each core the process may use"
     )
     eager: bool = Field(
         False, description="Run every step op by op instead of replaying captured decode steps (to debug kernels)"

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from peftserve.engine.messages import AddRequest
 from peftserve.model.config_reader import read_spec
 from peftserve.types import AdapterKind, AdapterRef, EngineRequest, SamplingParams, TokenLogprobs
 from peftserve_kernels.cpu.extension import HAS_NATIVE
+from peftserve_kernels.cpu.threads import set_threads
 from tests.goldens.bottleneck.random_adapter import write_random_adapter
 from tests.model import oracle
 
@@ -173,7 +173,7 @@ def test_output_bits_do_not_depend_on_company(
                 assert answer == fleet.alone[request_id], request_id
     finally:
         core.adapters.close()
-        torch.set_num_threads(1)
+        set_threads(1)
 
 
 def test_preemption_changes_no_bit(fleet: Fleet) -> None:

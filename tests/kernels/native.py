@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftserve_kernels.cpu import threads as native_threads
 from peftserve_kernels.cpu.extension import supported_isas, use_isa
 
 ISAS = supported_isas() or (pytest.param("none", marks=pytest.mark.skip("the extension is not built")),)
@@ -27,12 +28,12 @@ def isa(name: str) -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    before = native_threads.threads()
+    native_threads.set_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        native_threads.set_threads(before)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.threads import threads
 from peftserve_kernels.segments import Segments
 
 if TYPE_CHECKING:
@@ -54,5 +54,5 @@ def bottleneck_add(
         int(site),
         layers,
         pages,
-        torch.get_num_threads(),
+        threads(),
     )

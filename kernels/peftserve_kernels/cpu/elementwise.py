@@ -5,6 +5,7 @@ from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
 from peftserve_kernels.cpu.tape import empty
+from peftserve_kernels.cpu.threads import threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -21,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> T
         rows,
         columns,
         eps,
-        torch.get_num_threads(),
+        threads(),
     )
     return y
 
@@ -38,7 +39,7 @@ def residual_add(residual: Tensor, hidden: Tensor, in_place: bool) -> Tensor:
         y.data_ptr(),
         DTYPES[hidden.dtype],
         hidden.numel(),
-        torch.get_num_threads(),
+        threads(),
     )
     return y
 
@@ -48,7 +49,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape
     gate_up = gate_up.contiguous()
     y = empty((rows, width // 2), gate_up.dtype)
-    ops.silu_mul(gate_up.data_ptr(), y.data_ptr(), DTYPES[y.dtype], rows, width // 2, torch.get_num_threads())
+    ops.silu_mul(gate_up.data_ptr(), y.data_ptr(), DTYPES[y.dtype], rows, width // 2, threads())
     return y
 
 
@@ -66,7 +67,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
         rows,
         entries,
         columns,
-        torch.get_num_threads(),
+        threads(),
     )
     if not done:
         raise IndexError(f"ids: must be in 0 .. {entries - 1}, got {int(ids.min())} .. {int(ids.max())}")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import peftserve_kernels.cpu._native as ops
 else:
     try:
-        # after torch: the extension then shares the OpenMP runtime, and so the threads, that torch has loaded
         from peftserve_kernels.cpu import _native as ops
     except ImportError:
         logging.getLogger(__name__).warning("the native CPU kernels are not built: ops on the CPU will be slow")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
 from peftserve_kernels.cpu.tape import empty
+from peftserve_kernels.cpu.threads import threads
 
 
 def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -23,6 +24,6 @@ def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
         rows,
         columns,
         outputs,
-        torch.get_num_threads(),
+        threads(),
     )
     return logits

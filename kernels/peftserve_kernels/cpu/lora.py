@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.threads import threads
 from peftserve_kernels.segments import Segments
 
 if TYPE_CHECKING:
@@ -47,5 +47,5 @@ def lora_add(
         layers,
         targets,
         pages,
-        torch.get_num_threads(),
+        threads(),
     )

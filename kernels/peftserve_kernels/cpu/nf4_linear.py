@@ -1,10 +1,10 @@
 """nf4_linear in C++: the weight is decoded in registers, or once a tile, and never exists as a whole."""
 
-import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, address, ops
 from peftserve_kernels.cpu.tape import empty
+from peftserve_kernels.cpu.threads import threads
 from peftserve_kernels.nf4 import Nf4Layout, Nf4Weight
 
 
@@ -31,6 +31,6 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
         rows,
         columns,
         outputs,
-        torch.get_num_threads(),
+        threads(),
     )
     return y

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, ops
 from peftserve_kernels.cpu.tape import empty
+from peftserve_kernels.cpu.threads import threads
 
 if TYPE_CHECKING:
     from peftserve_kernels.paged_attention import AttentionBatch
@@ -50,6 +50,6 @@ def paged_attention(
         page_size,
         sliding_window or 0,
         scale,
-        torch.get_num_threads(),
+        threads(),
     )
     return out

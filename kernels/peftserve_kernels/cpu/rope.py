@@ -1,10 +1,10 @@
 """rope_and_store_kv in C++."""
 
-import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import DTYPES, address, ops
 from peftserve_kernels.cpu.tape import empty
+from peftserve_kernels.cpu.threads import threads
 
 
 def rope_and_store_kv(
@@ -44,6 +44,6 @@ def rope_and_store_kv(
         head_dim,
         k_cache.shape[2],
         eps,
-        torch.get_num_threads(),
+        threads(),
     )
     return q

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from peftserve_kernels.cpu.extension import ops
+from peftserve_kernels.cpu.threads import threads
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
@@ -23,6 +24,6 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
         ids.data_ptr(),
         rows,
         vocab,
-        torch.get_num_threads(),
+        threads(),
     )
     return ids

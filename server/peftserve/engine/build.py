@@ -19,6 +19,8 @@ from peftserve.model.kv import KvCache
 from peftserve.model.runner import Runner
 from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import load_weights
+from peftserve_kernels.cpu.extension import HAS_NATIVE
+from peftserve_kernels.cpu.threads import available_cores, set_threads, threads
 
 
 def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
@@ -28,8 +30,8 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
     """
     device = _device(config.device)
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads or available_cores())
+    torch.set_num_threads(threads())
     spec = read_spec(checkpoint)
     num_pages = config.kv_cache_bytes // spec.kv_page_bytes(config.page_size, dtype.itemsize)
     max_model_len = _max_model_len(config, spec, num_pages, dtype.itemsize)
@@ -67,7 +69,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         spec=spec,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        threads=torch.get_num_threads(),
+        threads=threads(),
         max_model_len=max_model_len,
         num_kv_pages=num_pages,
         page_size=config.page_size,
@@ -76,6 +78,9 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         adapter_host_bytes=config.adapter_host_bytes,
         max_adapter_rank=config.max_adapter_rank,
     )
+    if HAS_NATIVE and device.type == "cpu":
+        # What torch still does in a step is small, and a second pool of threads that wait would slow ours.
+        torch.set_num_threads(1)
     return EngineCore(Scheduler(limits, kv, adapters), kv, adapters, runner), info
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import enum
-import os
 import socket
 import sys
 import time
@@ -79,7 +78,6 @@ class EngineClient:
         self._start_message = Start(
             config=config.model_dump_json(), checkpoint=str(checkpoint), log_level=log_level, log_format=log_format
         )
-        self._threads = config.threads
         self._hang_timeout_s = hang_timeout_s
         self._on_update = on_update
         self._on_ready = on_ready
@@ -196,7 +194,6 @@ class EngineClient:
                 *("-m", "peftserve.engine.process", str(theirs.fileno())),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
-                env=self._environment(),
             )
         self._process = process
         reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -214,11 +211,6 @@ class EngineClient:
                 await self._set_state(EngineState.RESTARTING)
             self.stats = EngineStats()
             self._fail_streams(EngineDeadError("the engine stopped while the request was running", retry_after_s=2.0))
-
-    def _environment(self) -> dict[str, str]:
-        if not self._threads:
-            return dict(os.environ)
-        return {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
 
     async def _read_updates(self, reader: asyncio.StreamReader) -> None:
         """Take messages in until the process closes the channel."""

@@ -38,7 +38,7 @@ def _serve(channel: EngineChannel) -> int:
         raise RuntimeError(f"expected Start, got {type(start).__name__}")
     logging_setup.configure(start.log_level, start.log_format)
     try:
-        # Imports torch, which the front end must not; threads are set in the environment before that.
+        # Imports torch, which the front end must not.
         from peftserve.engine.build import build_engine
 
         core, info = build_engine(EngineConfig.model_validate_json(start.config), Path(start.checkpoint), channel.wake)

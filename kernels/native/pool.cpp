@@ -1,0 +1,91 @@
+#include "pool.h"
+
+#include <chrono>
+#include <system_error>
+
+#include <pthread.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace peftserve {
+namespace {
+
+// How long a thread looks for work, or for the end of it, before it sleeps: longer than what lies between two ops of a
+// replayed step, shorter than what lies between two steps, so that a core is free there for whoever else needs it.
+constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr int kLooks = 32;  // between two looks at the clock
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Returns when `value` is no longer `old`.
+void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int look = 0; look < kLooks; ++look) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+std::atomic<Pool*> pool{nullptr};
+
+}  // namespace
+
+// In a forked child: the parent's pool is left as it lies, without threads.
+void Pool::forget() { pool.store(new Pool); }
+
+Pool& Pool::shared() {
+  static const bool made = [] {
+    pool.store(new Pool);
+    pthread_atfork(nullptr, nullptr, forget);
+    return true;
+  }();
+  (void)made;
+  return *pool.load(std::memory_order_acquire);
+}
+
+void Pool::start(int threads, Call call, const void* context) {
+  const std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
+  if (threads <= 1 || !use.owns_lock()) return call(context, 0, 1);
+  while (static_cast<int>(workers_.size()) < threads - 1) {
+    const int index = static_cast<int>(workers_.size()) + 1;
+    try {
+      workers_.emplace_back(&Pool::work, this, index, epoch_.load(std::memory_order_relaxed));
+    } catch (const std::system_error&) {  // no more threads to be had: fewer do it
+      threads = index;
+    }
+  }
+  call_ = call;
+  context_ = context;
+  team_ = threads;
+  unfinished_.store(static_cast<std::uint32_t>(workers_.size()), std::memory_order_relaxed);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  call(context, 0, threads);
+  for (;;) {
+    const std::uint32_t left = unfinished_.load(std::memory_order_acquire);
+    if (left == 0) return;
+    wait_for_change(unfinished_, left);
+  }
+}
+
+void Pool::work(int index, std::uint32_t seen) {
+  for (;;) {
+    wait_for_change(epoch_, seen);
+    ++seen;  // the next job does not come before this one is answered
+    if (index < team_) call_(context_, index, team_);
+    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+  }
+}
+
+}  // namespace peftserve
