@@ -1,13 +1,17 @@
 """The generation service: checks before, deltas during, and every sequence ended or aborted after."""
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 
 from peftserve.api.http.merge import collect
-from peftserve.api.request import Delta, GenerateRequest, TextPrompt, TokenPrompt
+from peftserve.api.http.openai_schemas import ChatCompletionBody, CompletionBody
+from peftserve.api.request import ChatPrompt, Delta, GenerateRequest, Prompt, TextPrompt, TokenPrompt
 from peftserve.api.schemas import ChatMessage, GenerateBody, Sampling
 from peftserve.engine.client import EngineState
 from peftserve.engine.messages import EngineStats
@@ -22,10 +26,10 @@ from peftserve.errors import (
     UnavailableError,
 )
 from peftserve.text.tokenizer import Tokenizer
-from peftserve.types import FinishReason
+from peftserve.types import EngineRequest, FinishReason, TokenEvent
 from tests.adapters import files
 from tests.api.conftest import MakeWorld
-from tests.api.harness import CONTEXT, World, add_adapter, dies, endless, eventually, says, silent
+from tests.api.harness import CONTEXT, MODEL, World, add_adapter, dies, endless, eventually, says, silent
 
 
 def request(prompt: str = "Hi", *, adapter_id: str | None = None, **sampling: Any) -> GenerateRequest:
@@ -190,6 +194,76 @@ async def test_limits_of_this_server(make: MakeWorld, sampling: dict[str, Any], 
     error = await failure(world, request(**sampling))
     assert isinstance(error, InvalidRequestError)
     assert error.faults == words
+
+
+@pytest.mark.parametrize("door", ["native", "completions", "chat", "chat by its newer name"])
+async def test_min_tokens_over_max_tokens_is_refused_by_every_route(world: World, door: str) -> None:
+    numbers = {"min_tokens": 5, "max_tokens": 4}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+    asked: GenerateRequest
+    prefix, name = "", "max_tokens"
+    if door == "native":
+        asked, prefix = request(**numbers), "sampling."
+    elif door == "completions":
+        body = CompletionBody.model_validate({"model": MODEL, "prompt": "x", **numbers})
+        asked = body.to_request(id_="r", tenant="default", base=MODEL)
+    else:
+        name = "max_tokens" if door == "chat" else "max_completion_tokens"
+        chat_body = ChatCompletionBody.model_validate({**chat, "min_tokens": 5, name: 4})
+        asked = chat_body.to_request(id_="r", tenant="default", base=MODEL)
+    error = await failure(world, asked)
+    assert isinstance(error, InvalidRequestError)
+    assert error.faults == [f"{prefix}min_tokens: 5 is more than {prefix}{name}, 4"]
+    assert error.field == f"{prefix}min_tokens"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (TextPrompt("x" * 5000), "5000 characters are at least"),
+        (ChatPrompt((ChatMessage(role="user", content="x" * 5000),)), "characters are at least"),
+        (TokenPrompt((70,) * CONTEXT), f"{CONTEXT} token ids are at least {CONTEXT} tokens"),
+    ],
+)
+async def test_what_no_context_could_hold_is_not_encoded(
+    world: World, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, prompt: Prompt, words: str
+) -> None:
+    def encode(*_args: Any, **_options: Any) -> list[int]:
+        pytest.fail("was encoded")
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    error = await failure(
+        world, GenerateRequest(id="r", tenant="default", prompts=(prompt,), sampling=Sampling(), prompt_field="here")
+    )
+    assert isinstance(error, PromptTooLongError)
+    assert error.message.startswith("here: ")
+    assert words in error.message
+    assert f"the context is {CONTEXT} tokens" in error.message
+
+
+async def test_many_or_long_prompts_are_encoded_off_the_loop(
+    make: MakeWorld, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def one_token(request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        yield TokenEvent(request_id=request.id, token_ids=[70], finish_reason=FinishReason.LENGTH)
+
+    world = make(one_token)
+    assert world.engine.info is not None
+    world.engine.info = msgspec.structs.replace(world.engine.info, max_model_len=1 << 20)
+    threads: set[threading.Thread] = set()
+    encode = tokenizer.encode
+
+    def seen(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        threads.add(threading.current_thread())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", seen)
+    for prompts in ((TextPrompt("x" * 5000),), (TextPrompt("x" * 500),) * 10, (TextPrompt("x" * 100_000),)):
+        asked = GenerateRequest(id="r", tenant="default", prompts=prompts, sampling=Sampling(max_tokens=1))
+        await run(world, asked)
+        assert threading.current_thread() not in threads
+    await run(world, request("x"))
+    assert threading.current_thread() in threads
 
 
 @pytest.mark.parametrize(("token_ids", "word"), [([320], "token 320 at position 0"), ([5, 999], "position 1")])

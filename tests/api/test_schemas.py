@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from peftserve.api.http.openai_schemas import ChatCompletionBody, CompletionBody
+from peftserve.api.parse import MAX_FAULTS, MAX_NODES, parse_body
 from peftserve.api.request import ChatPrompt, GenerateRequest, TextPrompt, TokenPrompt
-from peftserve.api.schemas import GenerateBody, parse_body
+from peftserve.api.schemas import MAX_TOKENS, GenerateBody
 from peftserve.errors import InvalidRequestError
 
 BASE = "tiny-base"
@@ -43,7 +44,6 @@ def sampling(**fields: Any) -> dict[str, Any]:
         ({"stop_token_ids": [-1]}, "sampling.stop_token_ids.0: must be greater than or equal to 0 (got -1)"),
         ({"logprobs": 101}, "sampling.logprobs: must be less than or equal to 100 (got 101)"),
         ({"temprature": 1}, "sampling.temprature: no such field; did you mean temperature?"),
-        ({"min_tokens": 5, "max_tokens": 4}, "sampling: min_tokens 5 is more than max_tokens 4"),
     ],
 )
 def test_sampling_bounds(fields: dict[str, Any], message: str) -> None:
@@ -74,6 +74,54 @@ def test_not_an_object(body: bytes) -> None:
 
 def test_long_inputs_are_not_echoed() -> None:
     assert len(faults(GenerateBody, sampling(temperature="x" * 10_000))[0]) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"token_ids": [-1] * 1000}, "token_ids.0: must be greater than or equal to 0 (got -1)"),
+        ({"messages": [7] * 1000}, "messages.0: must be an object (got 7)"),
+        (
+            {"messages": [{"role": "user", "content": [7] * 1000}]},
+            "messages.0.content.0: must be an object (got 7)",
+        ),
+        (sampling(stop=[""] * 64), "sampling.stop.0: String should have at least 1 character (got '')"),
+        (
+            sampling(logit_bias={str(i): 1e9 for i in range(2000)}),
+            "sampling.logit_bias: 2000 entries, and the limit is 1024",
+        ),
+        ({"token_ids": [1] * (MAX_TOKENS + 1)}, "token_ids: List should have at most 1048576 items"),
+    ],
+)
+def test_a_large_bad_body_has_one_fault(body: dict[str, Any], message: str) -> None:
+    [fault] = faults(GenerateBody, body)
+    assert fault.startswith(message)
+
+
+def test_only_the_first_faults_are_written_out() -> None:
+    found = faults(GenerateBody, {"prompt": "x"} | {f"k{i}": i for i in range(1000)})
+    assert len(found) == MAX_FAULTS + 1
+    assert found[-1] == f"and {1000 - MAX_FAULTS} more faults"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps({"prompt": "x", "sampling": {f"k{i}": 0 for i in range(MAX_NODES)}}).encode(),
+        json.dumps({"prompt": "x", "k": {f'"\\":{i}': ":" for i in range(MAX_NODES)}}).encode(),
+        b'{"prompt": ' + b"[" * 2 * MAX_NODES,
+        json.dumps({"token_ids": [[]] * MAX_NODES}).encode(),
+        json.dumps({"prompt": "[[[" * MAX_NODES, "stop": ["a"] * 4 * MAX_NODES}).encode(),
+    ],
+)
+def test_no_more_structure_than_any_real_body_has(raw: bytes) -> None:
+    with pytest.raises(InvalidRequestError, match=f"more than {MAX_NODES} fields, lists and objects"):
+        parse_body(GenerateBody, raw)
+
+
+def test_texts_may_hold_any_number_of_brackets_and_quotes() -> None:
+    text = '{"a": [1, "b\\\\"]}' * MAX_NODES
+    assert parse_body(GenerateBody, json.dumps({"prompt": text}).encode()).prompt == text
 
 
 def test_stop_may_be_one_string_and_bias_keys_are_ids() -> None:
@@ -189,6 +237,22 @@ def test_completion_prompts(prompt: Any, expected: Any) -> None:
     request = to_request({"model": BASE, "prompt": prompt})
     assert request.prompts == expected
     assert request.default_max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "prompt: Field required"),
+        (7, "prompt: must be a text, a list of texts, a list of token ids, or a list of such lists (got 7)"),
+        ([True], "prompt.0: must be a valid integer (got True)"),
+        ([1, "a"], "prompt.1: must be a valid integer (got 'a')"),
+        (["a", 1], "prompt.1: must be a valid string (got 1)"),
+        ([[1], [2, -3]], "prompt.1.1: must be greater than or equal to 0 (got -3)"),
+        ([""] * 5000, "prompt: List should have at most 4096 items after validation, not 5000 (got list)"),
+    ],
+)
+def test_a_bad_completion_prompt_has_one_fault(prompt: Any, message: str) -> None:
+    assert faults(CompletionBody, {"model": BASE, "prompt": prompt}) == [message]
 
 
 def test_an_empty_list_of_prompts() -> None:

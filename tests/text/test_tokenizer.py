@@ -122,3 +122,15 @@ def test_token_bytes(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
     assert byte_level.token_bytes(10_000) == b""
     assert sentencepiece.token_bytes(sentencepiece.backend.token_to_id("▁the")) == b" the"
     assert sentencepiece.token_bytes(sentencepiece.backend.token_to_id("<0xE2>")) == b"\xe2"
+
+
+@given(st.text())
+def test_min_tokens_is_never_more_than_there_are(byte_level: Tokenizer, text: str) -> None:
+    assert byte_level.min_tokens(text) <= max(1, len(byte_level.encode(text, add_special_tokens=False)))
+
+
+def test_min_tokens_grows_with_the_text_where_tokens_are_bounded(
+    byte_level: Tokenizer, sentencepiece: Tokenizer
+) -> None:
+    assert byte_level.min_tokens("é" * 10_000) > 100
+    assert sentencepiece.min_tokens("é" * 10_000) == 1  # unknown characters may become one token

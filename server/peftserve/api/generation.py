@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Protocol, cast
 
+import anyio
 import anyio.to_thread
 
 from peftserve.adapters.manifest import AdapterRecord
@@ -37,7 +38,10 @@ from peftserve.text.stream import TextStream
 from peftserve.text.tokenizer import Tokenizer
 from peftserve.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
 
-_INLINE_CHARS = 4096  # shorter texts are encoded at once: a thread costs more than it saves
+# In characters or token ids, over all prompts of a request.
+_INLINE_SIZE = 4096  # less is encoded at once: a thread costs more than it saves
+_LONG_SIZE = 1 << 16  # more waits for its turn: a flood of long prompts must leave cores to the engine and to others
+_LONG_AT_ONCE = 2
 _RETRY_S = 2.0
 
 
@@ -75,6 +79,7 @@ class GenerationService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._mean_s = 1.0  # running mean of a request's duration, for the Retry-After hint
+        self._encoding_long = anyio.CapacityLimiter(_LONG_AT_ONCE)
         self.draining = False
 
     @property
@@ -97,7 +102,7 @@ class GenerationService:
         info = self._engine_info()
         bounds.check_sampling(request, self._limits, info)
         record = await self._resolve(request)
-        prompts = [await self._encode(prompt, request, info) for prompt in request.prompts]
+        prompts = await self._encode(request, info)
         max_tokens = [
             bounds.resolve_max_tokens(request, len(prompt), _virtual_tokens(record), info.max_model_len)
             for prompt in prompts
@@ -157,18 +162,30 @@ class GenerationService:
             return None
         return await self._adapters.resolve(request.tenant, request.adapter_id, field=request.adapter_field)
 
-    async def _encode(self, prompt: Prompt, request: GenerateRequest, info: EngineInfo) -> list[int]:
+    async def _encode(self, request: GenerateRequest, info: EngineInfo) -> list[list[int]]:
+        """The prompts as tokens. What takes long does so off the event loop, and only a few at a time."""
+        size = sum(map(_size, request.prompts))
+        if size <= _INLINE_SIZE and not any(isinstance(prompt, ChatPrompt) for prompt in request.prompts):
+            return self._encode_all(request, info)
+        limiter = self._encoding_long if size > _LONG_SIZE else None
+        return await anyio.to_thread.run_sync(self._encode_all, request, info, limiter=limiter)
+
+    def _encode_all(self, request: GenerateRequest, info: EngineInfo) -> list[list[int]]:
+        return [self._encode_one(prompt, request.prompt_field, info) for prompt in request.prompts]
+
+    def _encode_one(self, prompt: Prompt, field: str, info: EngineInfo) -> list[int]:
+        context = info.max_model_len
         match prompt:
             case TokenPrompt(token_ids=ids):
-                return bounds.check_token_ids(ids, info.spec.vocab_size, request.prompt_field)
-            case TextPrompt(text=text) if len(text) <= _INLINE_CHARS:
-                ids_ = self._tokenizer.encode(text)
+                bounds.check_could_fit(len(ids), context, field, f"{len(ids)} token ids")
+                return bounds.check_token_ids(ids, info.spec.vocab_size, field)
             case TextPrompt(text=text):
-                ids_ = await anyio.to_thread.run_sync(self._tokenizer.encode, text)
+                special = True
             case ChatPrompt(messages=messages):
-                conversation = [message.for_template() for message in messages]
-                ids_ = await anyio.to_thread.run_sync(self._tokenizer.apply_chat_template, conversation)
-        return bounds.check_not_empty(ids_, request.prompt_field)
+                text = self._tokenizer.render_chat([message.for_template() for message in messages])
+                special = False  # the template writes them itself
+        bounds.check_could_fit(self._tokenizer.min_tokens(text), context, field, f"{len(text)} characters")
+        return bounds.check_not_empty(self._tokenizer.encode(text, add_special_tokens=special), field)
 
     def _admit(self, count: int) -> None:
         """Refuse what would make the queue longer than `max_waiting`."""
@@ -315,6 +332,16 @@ def _sampling_params(request: GenerateRequest, max_tokens: int, choice: int) -> 
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
     )
+
+
+def _size(prompt: Prompt) -> int:
+    match prompt:
+        case TokenPrompt(token_ids=ids):
+            return len(ids)
+        case TextPrompt(text=text):
+            return len(text)
+        case ChatPrompt(messages=messages):
+            return sum(message.size for message in messages)
 
 
 def _virtual_tokens(record: AdapterRecord | None) -> int:

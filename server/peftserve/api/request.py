@@ -38,8 +38,8 @@ class GenerateRequest:
     """One call of a client: `len(prompts) * sampling.n` sequences; prompt p's choice i has index p * n + i.
 
     `default_max_tokens` applies when `sampling.max_tokens` is None: at most this many, or what the context leaves
-    (None: all of it). `adapter_field` and `prompt_field` are those inputs' names in the client's own format, for error
-    messages. `timeout_s` lowers the server's own limit.
+    (None: all of it). `adapter_field`, `prompt_field` and `max_tokens_field` are those inputs' names in the client's
+    own format, for error messages. `timeout_s` lowers the server's own limit.
     """
 
     id: str
@@ -50,6 +50,7 @@ class GenerateRequest:
     default_max_tokens: int | None = NATIVE_MAX_TOKENS
     adapter_field: str = "adapter_id"
     prompt_field: str = "prompt"
+    max_tokens_field: str = "max_tokens"
     sampling_prefix: str = "sampling."
     timeout_s: float | None = None
 

@@ -2,22 +2,32 @@
 
 Both doors build `GenerateBody`, so that validation and messages are the same on both. Bounds here are hard limits of
 the format; `LimitsConfig` may set lower ones, which `api.limits` checks.
+
+Lists end at their first fault: a body of a million bad elements must cost no more than one of a million good ones.
 """
 
-import difflib
-from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from peftserve.errors import InvalidRequestError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 ADAPTER_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
 MAX_TOKENS = 1 << 20
 MAX_TOKEN_ID = (1 << 31) - 1
+_MAX_BIASES = 1024
+_MAX_MESSAGES = 4096
+_MAX_PARTS = 4096
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterId = Annotated[str, Field(min_length=1, max_length=160, description="name, or name@sha256:<digest>")]
 
@@ -32,6 +42,13 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _few_biases(value: Any) -> Any:
+    # By itself pydantic counts after it has looked at every one of them.
+    if isinstance(value, dict) and len(value) > _MAX_BIASES:
+        raise ValueError(f"{len(value)} entries, and the limit is {_MAX_BIASES}")
+    return value
+
+
 class SamplingFields(Body):
     """What every generating route has in common. Semantics as in `types.SamplingParams`."""
 
@@ -44,13 +61,15 @@ class SamplingFields(Body):
     repetition_penalty: Finite = Field(1.0, gt=0, le=2)
     presence_penalty: Finite = Field(0.0, ge=-2, le=2)
     frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[Annotated[TokenId, Field(strict=False)], Annotated[Finite, Field(ge=-100, le=100)]] = Field(
-        default_factory=dict, max_length=1024, description="Token id -> bias added to its logit"
-    )
+    logit_bias: Annotated[
+        dict[Annotated[TokenId, Field(strict=False)], Annotated[Finite, Field(ge=-100, le=100)]],
+        Field(max_length=_MAX_BIASES),
+        BeforeValidator(_few_biases, json_schema_input_type=dict[int, float]),
+    ] = Field(default_factory=dict, description="Token id -> bias added to its logit")
     stop: Annotated[list[StopString], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
-        default_factory=list, max_length=64, description="Generation ends before any of these texts"
+        default_factory=list, max_length=64, fail_fast=True, description="Generation ends before any of these texts"
     )
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256, fail_fast=True)
     ignore_eos: bool = Field(False, description="Go on past the model's own end-of-sequence tokens")
     n: int = Field(1, ge=1, le=128, description="Choices per prompt")
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text")
@@ -67,12 +86,6 @@ class Sampling(SamplingFields):
         None, ge=0, le=100, description="Alternatives reported per token beside the sampled one; null for none at all"
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
-        return self
-
 
 class TextPart(Body):
     """A part of a message's content; text is the only sort."""
@@ -81,11 +94,20 @@ class TextPart(Body):
     text: str
 
 
+def _content_shape(value: Any) -> str:
+    return "[parts]" if isinstance(value, list) else "[text]"
+
+
 class ChatMessage(Body):
     """One turn of a conversation. A `developer` is a `system` by its newer name."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    # By shape, so that a fault is told once, and not once for each shape that it might have been.
+    content: Annotated[
+        Annotated[str, Tag("[text]")]
+        | Annotated[list[TextPart], Field(max_length=_MAX_PARTS, fail_fast=True), Tag("[parts]")],
+        Discriminator(_content_shape),
+    ]
     name: str | None = Field(None, max_length=256)
 
     @model_validator(mode="before")
@@ -97,6 +119,13 @@ class ChatMessage(Body):
             return value
         return {key: item for key, item in value.items() if key not in empty or item not in (None, [], "")}
 
+    @property
+    def size(self) -> int:
+        """Characters of the content."""
+        if isinstance(self.content, str):
+            return len(self.content)
+        return sum(len(part.text) for part in self.content)
+
     def for_template(self) -> dict[str, str]:
         """The message as chat templates read it: plain text, parts joined by newlines."""
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
@@ -104,12 +133,15 @@ class ChatMessage(Body):
         return message if self.name is None else {**message, "name": self.name}
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
+
+
 class GenerateBody(Body):
     """Body of `/v1/generate`. Exactly one of `prompt`, `messages` and `token_ids`."""
 
     prompt: str | None = Field(None, description="Text; special tokens are added as the tokenizer does by itself")
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=4096, description="Chat template applied")
-    token_ids: list[TokenId] | None = Field(None, min_length=1, description="The prompt as tokens, taken as they are")
+    messages: Messages | None = Field(None, description="Chat template applied")
+    token_ids: TokenIds | None = Field(None, min_length=1, description="The prompt as tokens, taken as they are")
     adapter_id: AdapterId | None = Field(None, description="None: the bare base model")
     sampling: Sampling = Field(default_factory=Sampling)
     stream: bool = False
@@ -128,7 +160,7 @@ class TokenizeBody(Body):
 
     model: str | None = Field(None, description="Ignored: all adapters share the base's tokenizer")
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=4096)
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -143,7 +175,7 @@ class DetokenizeBody(Body):
     """Body of `/detokenize`."""
 
     model: str | None = Field(None, description="Ignored: all adapters share the base's tokenizer")
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+    tokens: TokenIds
     skip_special_tokens: bool = False
 
 
@@ -169,43 +201,3 @@ class UnloadAdapterBody(Body):
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
-
-
-def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
-    """`raw` JSON as a `model`; raises `InvalidRequestError` that lists every fault."""
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        raise invalid(error, model) from None
-
-
-def invalid(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:
-    """The faults of `error` as one error; its field is the first fault's."""
-    faults: list[str] = []
-    fields: list[str] = []
-    for fault in error.errors(include_url=False, include_context=False):
-        field = ".".join(str(part) for part in fault["loc"] if part not in ("str", "[key]"))
-        text = fault["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        if fault["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(fault["loc"][-1]), _fields_at(model, fault["loc"]), n=1)
-            text = "no such field" + (f"; did you mean {close[0]}?" if close else "")
-        elif fault["type"] not in ("missing", "value_error", "json_invalid"):
-            text += f" (got {_shorten(fault['input'])})"
-        fields.append(field)
-        faults.append(f"{field}: {text}" if field else text)
-    return InvalidRequestError("; ".join(faults), field=fields[0] or None, faults=faults)
-
-
-def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> Collection[str]:
-    """The names that the last part of `path` could have been."""
-    for part in path[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return ()
-        model = field.annotation
-    return model.model_fields
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
-    return text if len(text) <= 64 else text[:60] + "..."

@@ -33,12 +33,14 @@ class Tokenizer:
         # A saved tokenizer may cut or pad by itself; lengths are the server's business.
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.is_byte_level = _is_byte_level(json.loads(raw).get("decoder"))
+        parsed = json.loads(raw)
+        self.is_byte_level = _is_byte_level(parsed.get("decoder"))
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
         config = _read_json(folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(folder, config)
+        self._max_token_bytes = _max_token_bytes(parsed) if self.is_byte_level else None
         self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -46,16 +48,26 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def min_tokens(self, text: str) -> int:
+        """As many tokens as `text` has at least, without encoding it; 1 where nothing is known."""
+        if self._max_token_bytes is None:
+            return 1
+        return max(1, -(-len(text.encode("utf-8", "surrogatepass")) // self._max_token_bytes))
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids outside the vocabulary have none."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins. Raises `InvalidRequestError`."""
+        # The template writes the special tokens itself.
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation, to be encoded without special tokens. Raises `InvalidRequestError`."""
         if self.chat_template is None:
             raise InvalidRequestError("this model has no chat template; send a prompt instead", field="messages")
-        # The template writes the special tokens itself.
-        return self.encode(self.chat_template.render(messages), add_special_tokens=False)
+        return self.chat_template.render(messages)
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's spelling of a token (`Ġthe`), None outside the vocabulary."""
@@ -80,6 +92,18 @@ def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
     if decoder.get("type") == "Sequence":
         return len(decoder["decoders"]) == 1 and _is_byte_level(decoder["decoders"][0])
     return decoder.get("type") == "ByteLevel"
+
+
+def _max_token_bytes(tokenizer: Mapping[str, Any]) -> int | None:
+    """Bytes of text that one token of a byte-level vocabulary can stand for at most; None where that has no bound.
+
+    A normalizer may shorten the text before, and an added token may swallow all white space beside it.
+    """
+    added = tokenizer.get("added_tokens") or []
+    if tokenizer.get("normalizer") is not None or any(token["lstrip"] or token["rstrip"] for token in added):
+        return None
+    # In GPT-2's byte table a character is a byte.
+    return max((*map(len, tokenizer["model"]["vocab"]), *(len(token["content"].encode()) for token in added)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from peftserve.api.generation import GenerationService
 from peftserve.api.grpc.calls import Calls
+from peftserve.api.parse import invalid
 from peftserve.api.request import Delta, GenerateRequest, Summary, TokenText
-from peftserve.api.schemas import GenerateBody, invalid
+from peftserve.api.schemas import GenerateBody
 from peftserve.types import FinishReason
 from peftserve_proto.v1 import inference_pb2 as pb
 from peftserve_proto.v1 import inference_pb2_grpc

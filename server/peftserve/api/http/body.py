@@ -6,7 +6,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from peftserve.api.http.endpoint import services_of
-from peftserve.api.schemas import BodyT, parse_body
+from peftserve.api.parse import parse_body
+from peftserve.api.schemas import BodyT
 from peftserve.errors import InvalidRequestError, PayloadTooLargeError, RequestAbortedError
 
 

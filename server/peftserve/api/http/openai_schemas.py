@@ -1,14 +1,15 @@
 """Bodies of OpenAI's routes. What would change the answer and is not supported is refused by name."""
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from peftserve.api.request import ChatPrompt, GenerateRequest, Prompt, TextPrompt, TokenPrompt
-from peftserve.api.schemas import MAX_TOKENS, AdapterId, Body, ChatMessage, Sampling, SamplingFields, TokenId
+from peftserve.api.schemas import MAX_TOKENS, AdapterId, Body, Messages, Sampling, SamplingFields, TokenIds
 from peftserve.errors import InvalidRequestError
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+_MAX_PROMPTS = 4096
 
 # Bookkeeping of OpenAI's own service: no answer depends on it.
 _IGNORED = frozenset(
@@ -117,11 +118,15 @@ class _OpenAIBody(SamplingFields):
             default_max_tokens=self._default_max_tokens,
             adapter_field=field,
             prompt_field=prompt_field,
+            max_tokens_field=self._max_tokens_field(),
             sampling_prefix="",
         )
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
+
+    def _max_tokens_field(self) -> str:
+        return "max_tokens"
 
 
 def _asks_for_nothing(key: str, body: dict[str, Any]) -> bool:
@@ -129,10 +134,33 @@ def _asks_for_nothing(key: str, body: dict[str, Any]) -> bool:
     return body[key] in _REFUSED[key] or (key == "best_of" and body[key] == body.get("n", 1))
 
 
+def _prompt_shape(value: Any) -> str | None:
+    """The sort of prompt by its first element: a fault is then told once, not for each sort that it might have been."""
+    if not isinstance(value, list):
+        return "[text]" if isinstance(value, str) else None
+    first = value[0] if value else ""
+    shapes = (("[texts]", str), ("[tokens]", int), ("[token_lists]", list))
+    return next((shape for shape, type_ in shapes if isinstance(first, type_)), None)
+
+
+_SeveralPrompts = Field(max_length=_MAX_PROMPTS, fail_fast=True)
+_PromptField = Annotated[
+    Annotated[str, Tag("[text]")]
+    | Annotated[list[str], _SeveralPrompts, Tag("[texts]")]
+    | Annotated[TokenIds, Tag("[tokens]")]
+    | Annotated[list[TokenIds], _SeveralPrompts, Tag("[token_lists]")],
+    Discriminator(
+        _prompt_shape,
+        custom_error_type="prompt_shape",
+        custom_error_message="must be a text, a list of texts, a list of token ids, or a list of such lists",
+    ),
+]
+
+
 class CompletionBody(_OpenAIBody):
     """Body of `/v1/completions`. Several prompts give `n` choices each, in their order."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(description="Text or tokens, one or several")
+    prompt: _PromptField = Field(description="Text or tokens, one or several")
     logprobs: int | None = Field(None, ge=0, le=100)
 
     _default_max_tokens = _COMPLETION_MAX_TOKENS
@@ -147,14 +175,15 @@ class CompletionBody(_OpenAIBody):
         if not self.prompt:
             raise InvalidRequestError("prompt: the list is empty", field="prompt")
         if isinstance(self.prompt[0], int):
-            return (TokenPrompt(tuple(item for item in self.prompt if isinstance(item, int))),)
-        return tuple(TextPrompt(item) if isinstance(item, str) else TokenPrompt(_tokens(item)) for item in self.prompt)
+            return (TokenPrompt(tuple(self.prompt)),)
+        several = self.prompt
+        return tuple(TextPrompt(item) if isinstance(item, str) else TokenPrompt(tuple(item)) for item in several)
 
 
 class ChatCompletionBody(_OpenAIBody):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="`max_tokens` by its newer name")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -176,6 +205,5 @@ class ChatCompletionBody(_OpenAIBody):
     def _max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-
-def _tokens(item: int | list[int]) -> tuple[int, ...]:
-    return (item,) if isinstance(item, int) else tuple(item)
+    def _max_tokens_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"

@@ -51,12 +51,15 @@ async def tokenize(request: Request) -> Response:
     else:
         text, special = body.prompt or "", body.add_special_tokens
         tokens = await anyio.to_thread.run_sync(lambda: tokenizer.encode(text, add_special_tokens=special))
+    strings = None
+    if body.return_token_strs:
+        strings = await anyio.to_thread.run_sync(lambda: [tokenizer.token(token) for token in tokens])
     return json_response(
         {
             "count": len(tokens),
             "max_model_len": 0 if info is None else info.max_model_len,
             "tokens": tokens,
-            "token_strs": [tokenizer.token(token) for token in tokens] if body.return_token_strs else None,
+            "token_strs": strings,
         }
     )
 
