@@ -6,7 +6,7 @@ every answer beforehand, and can make the engine wait, fail or forget it was ask
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,16 +39,17 @@ _CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% e
 
 @dataclass
 class ScriptedEngine:
-    """`delay_s` passes before each token. After `fail_after` tokens a request ends with `error`."""
+    """`delay_s` passes before each event of `per_event` equal tokens. After `fail_after` of them comes `error`."""
 
     delay_s: float = 0.0
+    per_event: int = 1
     fail_after: int | None = None
     error: PeftserveError | None = None
     state: EngineState = EngineState.READY
     stats: EngineStats = field(default_factory=EngineStats)
     residency: dict[str, AdapterResidency] = field(default_factory=dict)
     requests: list[EngineRequest] = field(default_factory=list)
-    running: set[str] = field(default_factory=set)
+    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
 
     @property
@@ -67,37 +68,41 @@ class ScriptedEngine:
             max_adapter_rank=16,
         )
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenEvent, None]:
-        self.requests.append(request)
-        self.running.add(request.id)
-        ended = False
-        try:
-            for count in range(request.sampling.max_tokens):
-                await asyncio.sleep(self.delay_s)
-                if count == self.fail_after and self.error is not None:
-                    ended = True
-                    yield TokenEvent(
-                        request_id=request.id, finish_reason=FinishReason.ERROR, error=self.error.to_info()
-                    )
+    def submit(self, request: EngineRequest, take: Callable[[TokenEvent], None]) -> None:
+        async def play() -> None:
+            async for event in self._events(request):
+                if event.finish_reason is not None:
+                    del self.running[request.id]
+                take(event)
+                if event.finish_reason is not None:
                     return
-                prompt = request.prompt_token_ids
-                token = prompt[count] if count < len(prompt) else ord(" ")
-                wanted = request.sampling.logprobs
-                last = count == request.sampling.max_tokens - 1
-                ended = last
-                yield TokenEvent(
-                    request_id=request.id,
-                    token_ids=[token],
-                    logprobs=[] if wanted is None else [TokenLogprobs(token, -0.5, [(token, -0.5)] * min(wanted, 1))],
-                    finish_reason=FinishReason.LENGTH if last else None,
-                    num_cached_tokens=0 if count == 0 else None,
-                    queued_s=0.0 if count == 0 else None,
-                    adapter_wait_s=0.0 if count == 0 else None,
-                )
-        finally:
-            self.running.discard(request.id)
-            if not ended:
-                self.aborted.append(request.id)
+
+        self.requests.append(request)
+        self.running[request.id] = asyncio.create_task(play())
+
+    def abort(self, request_id: str) -> None:
+        if (task := self.running.pop(request_id, None)) is not None:
+            self.aborted.append(request_id)
+            task.cancel()
+
+    async def _events(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        for count in range(request.sampling.max_tokens):
+            await asyncio.sleep(self.delay_s)
+            if count == self.fail_after and self.error is not None:
+                yield TokenEvent(request_id=request.id, finish_reason=FinishReason.ERROR, error=self.error.to_info())
+            prompt = request.prompt_token_ids
+            token = prompt[count] if count < len(prompt) else ord(" ")
+            wanted = request.sampling.logprobs
+            last = count == request.sampling.max_tokens - 1
+            yield TokenEvent(
+                request_id=request.id,
+                token_ids=[token] * self.per_event,
+                logprobs=[] if wanted is None else [TokenLogprobs(token, -0.5, [(token, -0.5)] * min(wanted, 1))],
+                finish_reason=FinishReason.LENGTH if last else None,
+                num_cached_tokens=0 if count == 0 else None,
+                queued_s=0.0 if count == 0 else None,
+                adapter_wait_s=0.0 if count == 0 else None,
+            )
 
     def prefetch(self, adapter: AdapterRef, pinned: bool = False) -> None:
         self.residency[adapter.digest] = AdapterResidency(

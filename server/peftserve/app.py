@@ -63,7 +63,7 @@ async def serve(config: Config, ready: Callable[[Addresses], None] | None = None
     """As `run`, in the running loop. `ready` is called once requests are accepted; cancelling stops without a drain."""
     log.configure(config.server.log_level, config.server.log_format)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of the series, and nobody reads them
-    with _listen(config.server.host, config.server.port) as listener:
+    with _listen(config.server.host, config.server.port, config.limits.stream_stall_timeout_s) as listener:
         await _serve(config, listener, ready)
 
 
@@ -263,13 +263,17 @@ def _stop_signals() -> Iterator[_Stop]:
             loop.remove_signal_handler(number)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, stall_timeout_s: float) -> socket.socket:
     """Bound before the model loads: a port that is taken should be told at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ConfigurationError(f"port: cannot listen on {host}:{port}: {error.strerror}", field="port") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Connections inherit it: closing one waits until its client has read the rest, and some never do.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stall_timeout_s * 1000))
+    return listener
 
 
 def _announce(addresses: Addresses, model_name: str, info: EngineInfo) -> None:

@@ -91,6 +91,9 @@ class LimitsConfig(_Frozen):
     max_logprobs: int = Field(20, ge=0, le=100, description="Largest top_logprobs")
     max_stop_strings: int = Field(16, ge=0, le=64, description="Stop strings per request")
     request_timeout_s: float = Field(600.0, gt=0, description="A request is aborted after this long, seconds")
+    stream_stall_timeout_s: float = Field(
+        60.0, gt=0, description="A stream whose client reads nothing of it for this long is aborted, seconds"
+    )
 
 
 class ServerConfig(_Frozen):

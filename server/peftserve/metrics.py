@@ -77,6 +77,9 @@ class Metrics:
         self.http_seconds = self._histogram(
             "peftserve_http_request_seconds", "Seconds from request to the answer's end", ["method", "route"], _HTTP_S
         )
+        self.streams_stalled = self._counter(
+            "peftserve_streams_stalled", "Streams aborted because their client did not read", ["door"]
+        )
         self.grpc_requests = self._counter("peftserve_grpc_requests", "gRPC calls ended", ["method", "status"])
         self._engine_counters = {
             field: self._counter(name, text, by_model).labels(model_name)
@@ -88,6 +91,10 @@ class Metrics:
         """The series that a request for this adapter counts in."""
         kind = AdapterKind.BASE if adapter is None else adapter.kind
         return RequestMetrics(self, str(kind), self._adapter_label(adapter))
+
+    def has_labels(self, label: str) -> bool:
+        """Whether an adapter has series of its own under this label; `other` and the base's empty one always do."""
+        return label in self._adapter_labels or label in ("", OTHER)
 
     def forget_adapter(self, adapter: AdapterRef) -> None:
         """Drop a deleted adapter's series."""
@@ -139,6 +146,10 @@ class Metrics:
         """One gRPC call is over, with this status name."""
         self.grpc_requests.labels(method, status).inc()
 
+    def stream_stalled(self, door: str) -> None:
+        """A stream was aborted because its client did not read; `door`: http or grpc."""
+        self.streams_stalled.labels(door).inc()
+
     def render(self) -> bytes:
         """The text format, version 0.0.4."""
         return generate_latest(self.registry)
@@ -184,12 +195,15 @@ class RequestMetrics:
     def finished(self, *, reason: str, prompt_tokens: int, seconds: float) -> None:
         """One sequence ended, `seconds` after its request's arrival. `reason`: a `FinishReason`."""
         metrics = self._metrics
+        kind, adapter = self._labels
+        if not metrics.has_labels(adapter):  # deleted while this ran: its series must not come back
+            adapter = OTHER
         metrics.success.labels(metrics.model_name, reason).inc()
-        metrics.adapter_finished.labels(*self._labels, reason).inc()
+        metrics.adapter_finished.labels(kind, adapter, reason).inc()
         metrics.prompt_tokens.labels(metrics.model_name).inc(prompt_tokens)
-        metrics.adapter_prompt_tokens.labels(*self._labels).inc(prompt_tokens)
+        metrics.adapter_prompt_tokens.labels(kind, adapter).inc(prompt_tokens)
         metrics.e2e.labels(metrics.model_name).observe(seconds)
-        metrics.adapter_e2e.labels(*self._labels).observe(seconds)
+        metrics.adapter_e2e.labels(kind, adapter).observe(seconds)
 
 
 def _label(adapter: AdapterRef) -> str:

@@ -68,18 +68,24 @@ class ScriptedEngine:
     prefetched: list[tuple[str, bool]] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
-        self.requests.append(request)
-        ended = False
-        try:
+    playing: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    def submit(self, request: EngineRequest, take: Callable[[TokenEvent], None]) -> None:
+        async def play() -> None:
             async for event in self.script(request):
-                ended = event.finish_reason is not None
-                yield event
-                if ended:
+                if event.finish_reason is not None:
+                    del self.playing[request.id]
+                take(event)
+                if event.finish_reason is not None:
                     return
-        finally:
-            if not ended:
-                self.aborted.append(request.id)
+
+        self.requests.append(request)
+        self.playing[request.id] = asyncio.create_task(play())
+
+    def abort(self, request_id: str) -> None:
+        if (task := self.playing.pop(request_id, None)) is not None:
+            self.aborted.append(request_id)
+            task.cancel()
 
     def prefetch(self, adapter: AdapterRef, *, pinned: bool = False) -> None:
         self.prefetched.append((adapter.digest, pinned))

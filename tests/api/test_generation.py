@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from peftserve.api.http.merge import collect
 from peftserve.api.http.openai_schemas import ChatCompletionBody, CompletionBody
 from peftserve.api.request import ChatPrompt, Delta, GenerateRequest, Prompt, TextPrompt, TokenPrompt
 from peftserve.api.schemas import ChatMessage, GenerateBody, Sampling
 from peftserve.engine.client import EngineState
-from peftserve.engine.messages import EngineStats
+from peftserve.engine.messages import AdapterResidency, EngineStats
 from peftserve.errors import (
     AdapterNotFoundError,
     DeadlineExceededError,
@@ -26,7 +27,7 @@ from peftserve.errors import (
     UnavailableError,
 )
 from peftserve.text.tokenizer import Tokenizer
-from peftserve.types import EngineRequest, FinishReason, TokenEvent
+from peftserve.types import AdapterKind, AdapterRef, EngineRequest, FinishReason, TokenEvent
 from tests.adapters import files
 from tests.api.conftest import MakeWorld
 from tests.api.harness import CONTEXT, MODEL, World, add_adapter, dies, endless, eventually, says, silent
@@ -35,6 +36,20 @@ from tests.api.harness import CONTEXT, MODEL, World, add_adapter, dies, endless,
 def request(prompt: str = "Hi", *, adapter_id: str | None = None, **sampling: Any) -> GenerateRequest:
     body = GenerateBody(prompt=prompt, adapter_id=adapter_id, sampling=Sampling(**sampling))
     return GenerateRequest.from_body(body, request_id="r", tenant="default")
+
+
+def resident(ref: AdapterRef) -> AdapterResidency:
+    return AdapterResidency(
+        digest=ref.digest,
+        name=ref.name,
+        tenant=ref.tenant,
+        kind=ref.kind,
+        state="host",
+        refs=0,
+        pinned=False,
+        host_bytes=1,
+        device_bytes=0,
+    )
 
 
 async def run(world: World, asked: GenerateRequest) -> list[Delta]:
@@ -98,6 +113,49 @@ async def test_a_stop_string_ends_and_aborts(make: MakeWorld, tokenizer: Tokeniz
     assert summary.usage.completion_tokens == len(choices[0].token_ids) < len(tokenizer.encode("one, two, three"))
     assert len(world.engine.aborted) == 1
     assert world.services.generation.num_sequences == 0
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+async def test_a_slow_reader_loses_nothing_and_holds_little(
+    make: MakeWorld, tokenizer: Tokenizer, pause_s: float
+) -> None:
+    """What came while it was away is one delta a sequence; the engine is done with the request long before."""
+    text = "the quick brown fox " * 8
+    world = make(says(tokenizer, text))
+    assert world.engine.info is not None
+    world.engine.info = msgspec.structs.replace(world.engine.info, max_model_len=1 << 10)
+    token_ids = tokenizer.encode(text)
+    asked = request(n=2, logprobs=1, max_tokens=len(token_ids))
+    deltas: list[Delta] = []
+    async with aclosing(world.services.generation.generate(asked)) as stream:
+        async for delta in stream:
+            deltas.append(delta)
+            if len(deltas) == 1:
+                await asyncio.sleep(pause_s)
+                if pause_s:
+                    assert world.services.generation.num_sequences == 0
+    for index in range(2):
+        own = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in own) == text
+        assert [token for delta in own for token in delta.token_ids] == token_ids
+        assert [entry.chosen.token_id for delta in own for entry in delta.logprobs] == token_ids
+        assert [delta.finish_reason for delta in own][-1] is FinishReason.STOP
+        assert [delta.finish_reason for delta in own][:-1] == [None] * (len(own) - 1)
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == 2 * len(token_ids)
+    if pause_s:
+        assert len(deltas) <= 2 + 2
+    assert world.engine.aborted == []
+
+
+async def test_a_deadline_frees_the_engine_though_nobody_reads(make: MakeWorld) -> None:
+    world = make(endless, request_timeout_s=0.05)
+    stream = world.services.generation.generate(request(n=2))
+    await anext(stream)
+    await eventually(lambda: len(world.engine.aborted) == 2)
+    with pytest.raises(DeadlineExceededError):
+        async for _ in stream:
+            pass
 
 
 async def test_logprobs_have_text_and_bytes(world: World) -> None:
@@ -358,6 +416,38 @@ async def test_draining_fails_what_does_not_end(make: MakeWorld) -> None:
     assert not await world.services.generation.drain(0.02)
     assert isinstance(await running, UnavailableError)
     assert len(world.engine.aborted) == 1
+
+
+def adapter_labels(world: World) -> set[str]:
+    """Every value that the label `adapter` has in `/metrics`."""
+    families = text_string_to_metric_families(world.services.metrics.render().decode())
+    return {sample.labels["adapter"] for family in families for sample in family.samples if "adapter" in sample.labels}
+
+
+async def test_ten_thousand_adapters_make_no_series_and_their_requests_few(make: MakeWorld) -> None:
+    world = make(max_adapter_labels=5)
+    refs = [
+        AdapterRef(digest=f"{i:064x}", kind=AdapterKind.LORA, name=f"a{i}", tenant="default") for i in range(10_000)
+    ]
+    world.engine.residency.update((ref.digest, resident(ref)) for ref in refs)
+    assert adapter_labels(world) == set()
+    for ref in refs:
+        observed = world.services.metrics.request(ref)
+        observed.tokens(0.1, count=1, first=True)
+        observed.finished(reason="stop", prompt_tokens=1, seconds=0.1)
+    assert adapter_labels(world) == {"a0", "a1", "a2", "a3", "a4", "other"}
+
+
+async def test_a_request_that_outlives_its_adapter_brings_no_series_back(make: MakeWorld) -> None:
+    world = make(endless)
+    for round_ in range(3):
+        add_adapter(world, f"short-lived-{round_}")
+        stream = world.services.generation.generate(request(adapter_id=f"short-lived-{round_}"))
+        await anext(stream)
+        await world.services.adapters.delete("default", f"short-lived-{round_}")
+        await anext(stream)
+        await stream.aclose()
+    assert adapter_labels(world) == {"other"}
 
 
 async def test_metrics_count_by_kind_and_adapter(make: MakeWorld) -> None:

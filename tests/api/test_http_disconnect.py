@@ -60,6 +60,39 @@ async def test_a_reader_that_stopped_reading_aborts_when_it_leaves(make: MakeWor
         assert world.services.generation.num_sequences == 0
 
 
+async def test_a_reader_that_stays_but_does_not_read_is_aborted(make: MakeWorld) -> None:
+    async def flood(request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        while True:
+            yield TokenEvent(request_id=request.id, token_ids=[70] * 2000)
+            await asyncio.sleep(0)
+
+    world = make(flood, stream_stall_timeout_s=0.2)
+    value = world.services.metrics.registry.get_sample_value
+    async with serving(world) as url, httpx.AsyncClient(base_url=url) as client:
+        async with client.stream("POST", "/v1/generate", json={"prompt": "x", "stream": True}) as response:
+            await eventually(lambda: len(world.engine.aborted) == 1)
+            assert world.services.generation.num_sequences == 0
+            assert value("peftserve_streams_stalled_total", {"door": "http"}) == 1
+            with pytest.raises(httpx.RemoteProtocolError):  # the answer has no end
+                await response.aread()
+        assert (await client.get("/livez")).status_code == 200
+
+
+async def test_a_slow_engine_is_no_stalled_reader(make: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_S", 0.02)
+
+    async def slow(request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        yield TokenEvent(request_id=request.id, token_ids=[70])
+        await asyncio.sleep(0.2)
+        yield TokenEvent(request_id=request.id, token_ids=[70], finish_reason=FinishReason.LENGTH)
+
+    world = make(slow, stream_stall_timeout_s=0.05)
+    async with serving(world) as url, httpx.AsyncClient(base_url=url) as client:
+        response = await client.post("/v1/generate", json={"prompt": "x", "stream": True})
+    assert '"finish_reason":"length"' in response.text
+    assert world.engine.aborted == []
+
+
 async def test_headers_and_pings_come_before_a_late_first_token(
     make: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(make: MakeWorld) -
             ("/v1/chat/completions", {"model": "tiny-base", "messages": CHAT}),
         ):
             *chunks, last = events(await client.post(path, json={**body, "stream": True}))
-            assert len(chunks) >= 2
+            assert chunks
             error = responses.ErrorAnswer.model_validate(last).error
             assert error.code == "engine_dead"
 

@@ -11,10 +11,12 @@ from structlog.testing import capture_logs
 
 from peftserve.api.http import responses
 from peftserve.api.http.app import ENDPOINTS
+from peftserve.api.request import Delta
+from peftserve.api.sequence import SequenceOutput
 from peftserve.engine.client import EngineState
 from peftserve.engine.messages import AdapterResidency, EngineStats, StepUpdate
 from peftserve.text.tokenizer import Tokenizer
-from peftserve.types import EngineRequest, TokenEvent
+from peftserve.types import TokenEvent
 from tests.api.conftest import MakeWorld, client_of
 from tests.api.harness import World, add_adapter
 
@@ -113,13 +115,12 @@ async def test_an_empty_body_is_told_what_is_needed(client: httpx.AsyncClient) -
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_bugs_are_opaque(make: MakeWorld, stream: bool) -> None:
-    async def buggy(request: EngineRequest) -> AsyncIterator[TokenEvent]:
-        if request.id:
-            raise KeyError("secret")
-        yield TokenEvent(request_id=request.id)
+async def test_bugs_are_opaque(make: MakeWorld, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    def buggy(self: SequenceOutput, event: TokenEvent, now: float) -> Delta:
+        raise KeyError("secret")
 
-    async with client_of(make(buggy)) as client:
+    monkeypatch.setattr(SequenceOutput, "take", buggy)
+    async with client_of(make()) as client:
         body, headers = {"prompt": "x", "stream": stream}, {"x-request-id": "find-me"}
         with capture_logs() as logs:
             response = await client.post("/v1/generate", json=body, headers=headers)

@@ -44,7 +44,8 @@ async def test_generate_gives_the_whole_answer(client: Any) -> None:
 async def test_stream_gives_the_same_in_pieces(client: Any) -> None:
     chunks = [chunk async for chunk in client.stream("hi", max_tokens=3)]
     assert "".join(chunk.text for chunk in chunks) == "hi "
-    assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
+    assert len(chunks) > 1  # tokens that come faster than they are sent share a chunk
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert [chunk.usage is not None for chunk in chunks] == [False, False, True]
     assert len({chunk.id for chunk in chunks}) == 1
 

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,20 @@ def make_request(request_id: str, *, max_tokens: int = 8, adapter: AdapterRef | 
     )
 
 
+async def events_of(client: EngineClient, request: EngineRequest) -> AsyncGenerator[TokenEvent, None]:
+    """The request's events; closing the generator aborts it."""
+    events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+    client.submit(request, events.put_nowait)
+    try:
+        while True:
+            event = await events.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+    finally:
+        client.abort(request.id)
+
+
 async def collect(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
     return [event async for event in events]
 
@@ -54,7 +68,7 @@ async def client(tiny_checkpoint: Path, tmp_path: Path) -> AsyncIterator[EngineC
 async def test_it_serves_many_at_once_and_reports_what_it_is(client: EngineClient) -> None:
     assert client.info is not None
     assert client.info.spec.name == "llama"
-    answers = await asyncio.gather(*(collect(client.generate(make_request(f"r{i}"))) for i in range(5)))
+    answers = await asyncio.gather(*(collect(events_of(client, make_request(f"r{i}"))) for i in range(5)))
     tokens = [[t for event in events for t in event.token_ids] for events in answers]
     assert len(tokens[0]) == 8
     assert all(row == tokens[0] for row in tokens), "equal greedy requests got different tokens"
@@ -62,16 +76,16 @@ async def test_it_serves_many_at_once_and_reports_what_it_is(client: EngineClien
     assert client.stats.num_running == 0
 
 
-async def test_closing_the_iterator_aborts_in_the_engine(client: EngineClient) -> None:
-    events = client.generate(make_request("r", max_tokens=400))
+async def test_an_abort_frees_everything_in_the_engine(client: EngineClient) -> None:
+    events = events_of(client, make_request("r", max_tokens=400))
     await anext(events)
-    await events.aclose()  # type: ignore[attr-defined]
-    await collect(client.generate(make_request("next")))
+    await events.aclose()
+    await collect(events_of(client, make_request("next")))
     assert (client.stats.num_running, client.stats.kv_pages_used) == (0, 0)
 
 
 async def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(client: EngineClient) -> None:
-    events = client.generate(make_request("r", max_tokens=400))
+    events = events_of(client, make_request("r", max_tokens=400))
     await anext(events)
     first = client.pid
     assert first is not None
@@ -83,11 +97,11 @@ async def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(client:
     await asyncio.sleep(0)
     if client.state is not EngineState.READY:
         with pytest.raises(UnavailableError, match="restarting") as caught:
-            await anext(client.generate(make_request("early")))
+            client.submit(make_request("early"), lambda event: None)
         assert caught.value.retry_after_s
     await client.wait_ready(READY_S)
     assert (client.restarts, client.pid == first) == (1, False)
-    answer = await collect(client.generate(make_request("after")))
+    answer = await collect(events_of(client, make_request("after")))
     assert answer[-1].finish_reason is FinishReason.LENGTH
 
 
@@ -101,7 +115,7 @@ async def test_an_engine_that_hangs_is_killed_and_comes_back(
         pid = engine.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        events = await collect(engine.generate(make_request("r")))
+        events = await collect(events_of(engine, make_request("r")))
         assert events[-1].error is not None
         assert events[-1].error.code == "engine_dead"
         await engine.wait_ready(READY_S)
@@ -112,7 +126,7 @@ async def test_an_engine_that_hangs_is_killed_and_comes_back(
 
 async def test_an_unknown_adapter_fails_its_request_with_the_reason(client: EngineClient) -> None:
     ghost = AdapterRef(digest="0" * 64, kind=AdapterKind.LORA, name="ghost", tenant="default")
-    events = await collect(client.generate(make_request("r", adapter=ghost)))
+    events = await collect(events_of(client, make_request("r", adapter=ghost)))
     assert events[-1].error is not None
     assert events[-1].error.code == "adapter_load_failed"
     assert "ghost" in events[-1].error.message

@@ -54,6 +54,11 @@ def details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
     return status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
 
 
+async def drain(call: grpc.aio.UnaryStreamCall[Any, Any]) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 5
     while not condition():
@@ -65,7 +70,7 @@ async def test_absent_fields_take_the_servers_defaults(server: ScriptedServer, c
     stub = inference_pb2_grpc.InferenceStub(channel)
     call = stub.Generate(inference_pb2.GenerateRequest(prompt="ab"), metadata=(("x-request-id", "mine-1"),))
     responses = [response async for response in call]
-    assert len(responses) == 256
+    assert sum(len(response.token_ids) for response in responses) == 256
     assert responses[-1].summary.usage.completion_tokens == 256
     assert not responses[-1].summary.HasField("adapter")
     assert not any(response.HasField("summary") for response in responses[:-1])
@@ -126,6 +131,22 @@ async def test_cancelling_frees_the_request_at_once(server: ScriptedServer, chan
     await until(lambda: len(server.engine.aborted) == 3)
     assert not server.engine.running
     assert server.services.generation.num_sequences == 0
+
+
+async def test_a_client_that_stops_reading_is_aborted(tmp_path: Path) -> None:
+    async with (
+        serve(tmp_path, ScriptedEngine(delay_s=0.001, per_event=20_000), stream_stall_timeout_s=0.2) as server,
+        grpc.aio.insecure_channel(server.target) as channel,
+    ):
+        request = inference_pb2.GenerateRequest(prompt="ab", sampling=inference_pb2.SamplingParams(max_tokens=500))
+        slow = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+        await slow.read()
+        await until(lambda: len(server.engine.aborted) == 1)
+        assert server.services.generation.num_sequences == 0
+        value = server.services.metrics.registry.get_sample_value
+        assert value("peftserve_streams_stalled_total", {"door": "grpc"}) == 1
+        with pytest.raises(grpc.aio.AioRpcError, match=r"read nothing of its stream for 0\.2 s"):
+            await drain(slow)
 
 
 async def test_many_cancels_and_disconnects_leave_nothing(server: ScriptedServer) -> None:

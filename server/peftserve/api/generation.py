@@ -1,18 +1,18 @@
 """From a client's request to deltas: the one way that both front doors take.
 
-resolve the adapter -> encode -> check lengths -> admit -> run all sequences -> merge their deltas
+resolve the adapter -> encode -> check lengths -> admit -> run all sequences -> their deltas in one stream
 """
 
 import asyncio
-import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-from typing import Protocol, cast
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from peftserve.adapters.manifest import AdapterRecord
 from peftserve.api import limits as bounds
@@ -27,6 +27,7 @@ from peftserve.api.request import (
     Timings,
     TokenPrompt,
     Usage,
+    merge,
 )
 from peftserve.api.sequence import SequenceOutput
 from peftserve.config import LimitsConfig
@@ -42,6 +43,7 @@ from peftserve.types import AdapterRef, EngineRequest, SamplingParams, TokenEven
 _INLINE_SIZE = 4096  # less is encoded at once: a thread costs more than it saves
 _LONG_SIZE = 1 << 16  # more waits for its turn: a flood of long prompts must leave cores to the engine and to others
 _LONG_AT_ONCE = 2
+_MERGE_AT = 64  # deltas of one sequence that wait for a slow reader
 _RETRY_S = 2.0
 
 
@@ -54,7 +56,8 @@ class Engine(Protocol):
     def info(self) -> EngineInfo | None: ...
     @property
     def stats(self) -> EngineStats: ...
-    def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]: ...
+    def submit(self, request: EngineRequest, take: Callable[[TokenEvent], None]) -> None: ...
+    def abort(self, request_id: str) -> None: ...
 
 
 class GenerationService:
@@ -89,7 +92,7 @@ class GenerationService:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences accepted and not ended."""
+        """Sequences accepted that the engine has not ended, whether or not their clients have read everything."""
         return sum(run.num_open for run in self._runs)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
@@ -118,9 +121,9 @@ class GenerationService:
         timeout_s = min(self._limits.request_timeout_s, request.timeout_s or float("inf"))
         try:
             run.start(timeout_s)
-            while run.num_open:
+            while run.num_unread:
                 delta = await run.next()
-                if run.num_open == 0:
+                if run.num_unread == 0:
                     cached = sum(sequence.num_cached_tokens for sequence in sequences)
                     usage = Usage(
                         prompt_tokens=sum(map(len, prompts)),
@@ -128,11 +131,11 @@ class GenerationService:
                         # Every choice looks its prompt up; the client sent it once.
                         cached_tokens=cached // request.sampling.n,
                     )
-                    yield dataclasses.replace(delta, summary=run.summary(adapter, usage))
+                    yield msgspec.structs.replace(delta, summary=run.summary(adapter, usage))
                 else:
                     yield delta
         finally:
-            await run.close()
+            run.close()
             self._runs.discard(run)
             self._mean_s += 0.1 * (time.monotonic() - arrived - self._mean_s)
             if not self._runs:
@@ -232,7 +235,11 @@ class GenerationService:
 
 
 class _Run:
-    """The sequences of one request while they run. A task per sequence feeds one queue of deltas."""
+    """The sequences of one request while they run, and what of them the client has not taken yet.
+
+    Events become deltas as they come, so that a stop string frees the engine at once. A client that reads slowly finds
+    what came meanwhile in one delta per sequence: what waits for it is never more than the request's own `max_tokens`.
+    """
 
     def __init__(
         self, engine: Engine, sequences: Sequence[SequenceOutput], observed: RequestMetrics, arrived: float
@@ -241,37 +248,49 @@ class _Run:
         self._sequences = sequences
         self._observed = observed
         self._arrived = arrived
-        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._last_at = [arrived] * len(sequences)
+        self._unread: dict[int, list[Delta]] = {}  # by sequence, the one that has waited longest first
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self.num_open = len(sequences)
+        self.num_unread = len(sequences)  # sequences whose last delta has not been taken
 
     def start(self, timeout_s: float) -> None:
         """Hand the sequences to the engine. `timeout_s` counts from the arrival."""
         left = max(0.0, self._arrived + timeout_s - time.monotonic())
         error = DeadlineExceededError(f"the request took longer than {timeout_s:g} s")
         self._timer = asyncio.get_running_loop().call_later(left, self.fail, error)
-        self._tasks = [asyncio.create_task(self._pump(sequence)) for sequence in self._sequences]
+        for position, sequence in enumerate(self._sequences):
+            self._engine.submit(sequence.request, partial(self._take, position, sequence))
 
     async def next(self) -> Delta:
-        """The next delta of any sequence; `num_open` is 0 with the last. Raises what ended the request."""
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        self.num_open -= item.finish_reason is not None
-        return item
+        """What has come of one sequence since it was last asked for; `num_unread` is 0 with the last of all.
+
+        Raises what ended the request, after what came before it.
+        """
+        while not self._unread:
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+        position = next(iter(self._unread))
+        delta = merge(self._unread.pop(position))
+        self.num_unread -= delta.finish_reason is not None
+        return delta
 
     def fail(self, error: Exception) -> None:
-        """End the request with `error`."""
-        self._queue.put_nowait(error)
+        """End the request with `error`, in the engine at once, whenever the client reads of it."""
+        if self._error is None:
+            self._error = error
+            self._abort()
+            self._news.set()
 
-    async def close(self) -> None:
-        """Abort what still runs and count the request; returns when the engine has been told."""
+    def close(self) -> None:
+        """Abort what still runs and count the request."""
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._abort()
         now = time.monotonic()
         for sequence in self._sequences:
             self._observed.finished(
@@ -279,7 +298,6 @@ class _Run:
                 prompt_tokens=sequence.num_prompt_tokens,
                 seconds=now - self._arrived,
             )
-        self.num_open = 0
 
     def summary(self, adapter: AdapterRef | None, usage: Usage) -> Summary:
         now = time.monotonic()
@@ -292,25 +310,34 @@ class _Run:
         )
         return Summary(adapter=adapter, usage=usage, timings=timings)
 
-    async def _pump(self, sequence: SequenceOutput) -> None:
-        """One sequence's events as deltas, up to its end or a stop string: leaving the loop early aborts it."""
-        last = self._arrived
-        events = cast(AsyncGenerator[TokenEvent, None], self._engine.generate(sequence.request))
+    def _abort(self) -> None:
+        for sequence in self._sequences:
+            self._engine.abort(sequence.request.id)
+        self.num_open = 0
+
+    def _take(self, position: int, sequence: SequenceOutput, event: TokenEvent) -> None:
+        """The engine's next event of a sequence. Called for every token: keep it short."""
+        if self._error is not None:
+            return
+        now = time.monotonic()
+        if event.token_ids:
+            first = sequence.first_token_at is None
+            self._observed.tokens(now - self._last_at[position], count=len(event.token_ids), first=first)
+            self._last_at[position] = now
         try:
-            async with aclosing(events):
-                async for event in events:
-                    now = time.monotonic()
-                    if event.token_ids:
-                        first = sequence.first_token_at is None
-                        self._observed.tokens(now - last, count=len(event.token_ids), first=first)
-                        last = now
-                    delta = sequence.take(event, now)
-                    self._queue.put_nowait(delta)
-                    if delta.finish_reason is not None:
-                        return
+            delta = sequence.take(event, now)
         except Exception as error:
             sequence.outcome = "error"
-            self._queue.put_nowait(error)
+            self.fail(error)
+            return
+        waiting = self._unread.setdefault(position, [])
+        waiting.append(delta)
+        if len(waiting) >= _MERGE_AT:
+            waiting[:] = [merge(waiting)]
+        if delta.finish_reason is not None:
+            self.num_open -= 1
+            self._engine.abort(sequence.request.id)  # a stop string: the engine knows nothing of it
+        self._news.set()
 
 
 def _sampling_params(request: GenerateRequest, max_tokens: int, choice: int) -> SamplingParams:

@@ -1,7 +1,11 @@
 """The values between a front door and `GenerationService`: one request down, deltas up."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
+
+import msgspec
 
 from peftserve.api.schemas import ChatMessage, GenerateBody, Sampling
 from peftserve.types import AdapterRef, FinishReason
@@ -131,12 +135,14 @@ class Summary:
     timings: Timings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What came for the sequence `index`. `text` may lag behind `token_ids` (half characters, possible stop strings).
 
     The delta with a `finish_reason` (STOP or LENGTH) is that sequence's last; `stop_reason` is the stop string or the
     id out of `stop_token_ids` that ended it, None for the model's own end. The last delta of a request has `summary`.
+
+    A struct, where the others are dataclasses: one is made for every token, and a frozen dataclass costs ten times as
+    much.
     """
 
     index: int
@@ -150,3 +156,19 @@ class Delta:
     @property
     def usage(self) -> Usage | None:
         return None if self.summary is None else self.summary.usage
+
+
+def merge(deltas: Sequence[Delta]) -> Delta:
+    """Consecutive deltas of one sequence (at least one) as one, nothing lost."""
+    last = deltas[-1]
+    if len(deltas) == 1:
+        return last
+    return Delta(
+        index=last.index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+        logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        summary=last.summary,
+    )

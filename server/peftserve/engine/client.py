@@ -6,7 +6,7 @@ import enum
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -40,6 +40,8 @@ _STOP_S = 5.0
 _BACKOFF_S = (0.2, 1.0, 5.0, 15.0, 30.0)  # between restarts that follow one another; the last repeats
 _STABLE_S = 60.0  # an engine that lived this long starts again without delay
 _READ_SIZE = 1 << 16
+
+Take = Callable[[TokenEvent], None]
 
 
 class EngineState(enum.StrEnum):
@@ -81,7 +83,7 @@ class EngineClient:
         self._hang_timeout_s = hang_timeout_s
         self._on_update = on_update
         self._on_ready = on_ready
-        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._takers: dict[str, Take] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
@@ -120,7 +122,7 @@ class EngineClient:
             if self._process is not None:
                 self._process.kill()
             await supervisor
-        self._fail_streams(UnavailableError("the server is shutting down"))
+        self._fail_requests(UnavailableError("the server is shutting down"))
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return when the engine serves; TimeoutError after `timeout_s`."""
@@ -129,25 +131,22 @@ class EngineClient:
 
     # -- work ----------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
-        """The events of one request; the last has a finish reason. Closing the iterator early aborts the request.
+    def submit(self, request: EngineRequest, take: Take) -> None:
+        """Run a request: `take` is called with each of its events, the last of which has a finish reason.
 
-        Raises UnavailableError (with `retry_after_s`) while no engine serves.
+        It is called from the loop and must neither block nor raise. A plain call, since a token's way through the front
+        end is what limits the tokens a second that are served. Raises UnavailableError (with `retry_after_s`) while no
+        engine serves.
         """
         if self.state is not EngineState.READY:
             raise UnavailableError(f"the engine is {self.state}; try again", retry_after_s=2.0)
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._streams[request.id] = events
+        self._takers[request.id] = take
         self._send(AddRequest(request=request))
-        try:
-            while True:
-                event = await events.get()
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            if self._streams.pop(request.id, None) is not None:
-                self._send(AbortRequest(request_id=request.id))
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing more comes of it. Does nothing after its last event."""
+        if self._takers.pop(request_id, None) is not None:
+            self._send(AbortRequest(request_id=request_id))
 
     def prefetch(self, adapter: AdapterRef, *, pinned: bool = False) -> None:
         """Bring an adapter to the engine's memory before it is asked for; `pinned` keeps it on the device."""
@@ -210,7 +209,7 @@ class EngineClient:
             if self.state is EngineState.READY:
                 await self._set_state(EngineState.RESTARTING)
             self.stats = EngineStats()
-            self._fail_streams(EngineDeadError("the engine stopped while the request was running", retry_after_s=2.0))
+            self._fail_requests(EngineDeadError("the engine stopped while the request was running", retry_after_s=2.0))
 
     async def _read_updates(self, reader: asyncio.StreamReader) -> None:
         """Take messages in until the process closes the channel."""
@@ -247,9 +246,9 @@ class EngineClient:
 
     def _dispatch(self, event: TokenEvent) -> None:
         final = event.finish_reason is not None
-        stream = self._streams.pop(event.request_id, None) if final else self._streams.get(event.request_id)
-        if stream is not None:
-            stream.put_nowait(event)
+        take = self._takers.pop(event.request_id, None) if final else self._takers.get(event.request_id)
+        if take is not None:
+            take(event)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Kill an engine that answers nothing for `hang_timeout_s`.
@@ -274,12 +273,10 @@ class EngineClient:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(channel.encode(command))
 
-    def _fail_streams(self, error: PeftserveError) -> None:
-        streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            stream.put_nowait(
-                TokenEvent(request_id=request_id, finish_reason=FinishReason.ERROR, error=error.to_info())
-            )
+    def _fail_requests(self, error: PeftserveError) -> None:
+        takers, self._takers = self._takers, {}
+        for request_id, take in takers.items():
+            take(TokenEvent(request_id=request_id, finish_reason=FinishReason.ERROR, error=error.to_info()))
 
     async def _set_state(self, state: EngineState) -> None:
         async with self._changed:

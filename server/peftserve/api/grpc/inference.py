@@ -1,21 +1,29 @@
 """`peftserve.v1.Inference`: proto -> native body -> `GenerationService` -> proto."""
 
+import asyncio
+import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf.message import Message
 from pydantic import ValidationError
 from typing_extensions import override
 
 from peftserve.api.generation import GenerationService
-from peftserve.api.grpc.calls import Calls
+from peftserve.api.grpc.calls import Call, Calls
 from peftserve.api.parse import invalid
 from peftserve.api.request import Delta, GenerateRequest, Summary, TokenText
 from peftserve.api.schemas import GenerateBody
+from peftserve.errors import RequestAbortedError
+from peftserve.metrics import Metrics
 from peftserve.types import FinishReason
 from peftserve_proto.v1 import inference_pb2 as pb
 from peftserve_proto.v1 import inference_pb2_grpc
+
+log = structlog.get_logger(__name__)
 
 _FINISH_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
@@ -24,9 +32,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Writes to the call itself instead of being a generator: then a cancelled call raises right here, and `aclosing`
     frees the request's pages at once, not when a generator happens to be collected."""
 
-    def __init__(self, generation: GenerationService, calls: Calls) -> None:
+    def __init__(
+        self, generation: GenerationService, calls: Calls, *, metrics: Metrics, stall_timeout_s: float
+    ) -> None:
         self._generation = generation
         self._calls = calls
+        self._metrics = metrics
+        self._stall_timeout_s = stall_timeout_s
 
     @override
     async def Generate(  # type: ignore[override]  # the stub's context is of both worlds, sync and aio
@@ -37,8 +49,50 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 to_body(request), request_id=call.id, tenant=call.tenant, timeout_s=call.timeout_s
             )
             async with aclosing(self._generation.generate(accepted)) as deltas:
-                async for delta in deltas:
-                    await context.write(to_response(delta))
+                writer = _Writer(context, self._stall_timeout_s)
+                watcher = asyncio.create_task(self._abort_if_stalled(writer, deltas, call))
+                try:
+                    async for delta in deltas:
+                        await writer.write(to_response(delta))
+                finally:
+                    watcher.cancel()
+
+    async def _abort_if_stalled(self, writer: "_Writer", deltas: AsyncGenerator[Delta, None], call: Call) -> None:
+        await writer.stalled()
+        self._metrics.stream_stalled("grpc")
+        log.warning("stream aborted: its client does not read", request_id=call.id, timeout_s=self._stall_timeout_s)
+        await deltas.aclose()
+
+
+class _Writer:
+    """Writes to one call, and knows when its client has read nothing for `timeout_s`.
+
+    A write that waits for the client's window can be neither taken back nor overtaken by a status: a client that reads
+    on gets what was written, and then the error.
+    """
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse], timeout_s: float
+    ) -> None:
+        self._context = context
+        self._timeout_s = timeout_s
+        self._writing_since: float | None = None
+        self._stalled = False
+
+    async def write(self, response: pb.GenerateResponse) -> None:
+        """Raises `RequestAbortedError` if this took so long that the request was given up."""
+        self._writing_since = time.monotonic()
+        await self._context.write(response)
+        self._writing_since = None
+        if self._stalled:
+            raise RequestAbortedError(f"the client read nothing of its stream for {self._timeout_s:g} s")
+
+    async def stalled(self) -> None:
+        """Returns when a write has waited for `timeout_s`."""
+        while not self._stalled:
+            await asyncio.sleep(self._timeout_s / 4)
+            since = self._writing_since
+            self._stalled = since is not None and time.monotonic() - since >= self._timeout_s
 
 
 def to_body(request: pb.GenerateRequest) -> GenerateBody:

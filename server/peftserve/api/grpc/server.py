@@ -90,7 +90,13 @@ def build_server(services: Services) -> GrpcServer:
         ]
     )
     calls = Calls(services.auth, services.metrics)
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(services.generation, calls), server)
+    inference = InferenceServicer(
+        services.generation,
+        calls,
+        metrics=services.metrics,
+        stall_timeout_s=config.limits.stream_stall_timeout_s,
+    )
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersServicer(services.adapters, calls), server)
     health_servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

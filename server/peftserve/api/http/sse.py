@@ -6,18 +6,21 @@ on shutdown: a drain must let them finish.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from peftserve.api.http.endpoint import request_id_of
+from peftserve.api.http.endpoint import request_id_of, services_of
 from peftserve.api.http.errors import error_body, opaque
 from peftserve.api.request import Delta
 from peftserve.errors import RequestAbortedError
+
+log = structlog.get_logger(__name__)
 
 PING_S = 15.0
 # An error within this time gets a status of its own; later than this, proxies want to see headers.
@@ -68,7 +71,15 @@ async def stream_deltas(
         await _cancel(first)
         await deltas.aclose()
         raise
-    return EventStream(_events(first, deltas, render, end, request_id_of(request)))
+    services, request_id = services_of(request), request_id_of(request)
+    timeout_s = services.config.limits.stream_stall_timeout_s
+
+    def on_stall() -> None:
+        services.metrics.stream_stalled("http")
+        log.warning("stream aborted: its client does not read", request_id=request_id, timeout_s=timeout_s)
+
+    events = _events(first, deltas, render, end, request_id)
+    return EventStream(events, stall_timeout_s=timeout_s, on_stall=on_stall)
 
 
 async def _events(
@@ -94,23 +105,32 @@ async def _events(
 
 
 class EventStream(Response):
-    """Sends events as they come; when the client goes, the generator is closed at once."""
+    """Sends events as they come; when the client goes, or stops reading, the generator is closed at once.
+
+    The server below waits in `send` while the client's buffers are full. After `stall_timeout_s` of that, `on_stall` is
+    called and the answer ends unfinished, which closes the connection.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, stall_timeout_s: float, on_stall: Callable[[], None]
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
+        self._stall_timeout_s = stall_timeout_s
+        self._on_stall = on_stall
+        self._sending_since: float | None = None  # None between events
         self._sent_at: float | None = None  # None until the headers are out
         # Proxies must pass each event on as it comes.
-        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks = [
             asyncio.create_task(self._send(send)),
             asyncio.create_task(_disconnected(receive)),
-            asyncio.create_task(self._ping(send)),
+            asyncio.create_task(self._watch(send)),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -122,19 +142,37 @@ class EventStream(Response):
                 raise error
 
     async def _send(self, send: Send) -> None:
+        self._sending_since = time.monotonic()
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        self._sent_at = time.monotonic()
+        self._sent_at, self._sending_since = self._sending_since, None
         async for chunk in self._events:
-            self._sent_at = time.monotonic()
+            self._sending_since = time.monotonic()
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self._sent_at, self._sending_since = self._sending_since, None
+        self._sending_since = time.monotonic()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _ping(self, send: Send) -> None:
-        """A comment now and then while nothing else comes, so that nobody in between takes the line for dead."""
+    async def _watch(self, send: Send) -> None:
+        """Ends when the client has stalled. Until then, a comment now and then while nothing else comes, so that nobody
+        in between takes the line for dead.
+
+        A look at the clock now and then, not a timer for each event: those come by the thousands a second.
+        """
         while True:
-            await asyncio.sleep(PING_S)
-            if self._sent_at is not None and time.monotonic() - self._sent_at >= PING_S:
-                await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+            await asyncio.sleep(min(PING_S, self._stall_timeout_s / 4))
+            now = time.monotonic()
+            if self._sending_since is not None:
+                if now - self._sending_since >= self._stall_timeout_s:
+                    self._on_stall()
+                    return
+            elif self._sent_at is not None and now - self._sent_at >= PING_S:
+                self._sent_at = now
+                try:
+                    async with asyncio.timeout(self._stall_timeout_s):
+                        await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+                except TimeoutError:
+                    self._on_stall()
+                    return
 
 
 async def _disconnected(receive: Receive) -> None:
