@@ -21,6 +21,7 @@ from prometheus_client import disable_created_metrics
 
 from peftserve import __version__, log
 from peftserve.adapters.blobs import adapters_root
+from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.store import AdapterStore
 from peftserve.api.adapter_service import AdapterService
 from peftserve.api.auth import Authenticator
@@ -104,6 +105,7 @@ async def _services(config: Config) -> AsyncIterator["RunningServices"]:
             limits=config.limits,
             max_rank=config.engine.max_adapter_rank,
             reserved_names={model_name},
+            pin_quota=PinQuota.of(config.engine, spec),
         )
     )
     restoring: set[asyncio.Task[None]] = set()

@@ -73,6 +73,9 @@ class EngineConfig(_Frozen):
     )
     adapter_host_bytes: Bytes = Field(512 * 2**20, ge=2**12, description="Host memory for parsed adapters")
     max_device_adapters: int = Field(128, ge=1, le=8192, description="Adapters of one kind on the device at once")
+    max_pinned_share: float = Field(
+        0.5, ge=0, le=1, description="Share of adapter memory, slots and (prefixes) KV cache that pins may hold"
+    )
     max_adapter_rank: int = Field(128, ge=1, le=1024, description="Largest LoRA rank or bottleneck width accepted")
     adapter_retry_s: float = Field(5.0, ge=0, description="Pause before a failed adapter load is tried again, seconds")
     starvation_s: float = Field(

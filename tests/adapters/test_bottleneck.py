@@ -94,6 +94,7 @@ def test_tensors_arrive_where_they_belong() -> None:
         "activation": "silu",
         "input": "hidden",
         "layers": 3,
+        "padded_weights": 6 * (2 * 8 * 32 + 8 + 32),
     }
 
 

@@ -35,6 +35,7 @@ def test_reads_all_modules() -> None:
         "scales": [8 / 3],
         "target_modules": list(TARGET_NAMES),
         "layers": 3,
+        "padded_weights": 8 * sum(m.a.shape[1] + m.b.shape[0] for m in adapter.modules.values()),
     }
 
 

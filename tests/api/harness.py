@@ -14,6 +14,7 @@ import safetensors.numpy
 import uvicorn
 from starlette.types import ASGIApp
 
+from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.store import AdapterStore
 from peftserve.api.adapter_service import AdapterService
 from peftserve.api.auth import Authenticator
@@ -170,7 +171,14 @@ def make_world(root: Path, tokenizer: Tokenizer, script: Script, **settings: Any
     engine = ScriptedEngine(script)
     metrics = Metrics(model_name=MODEL, version="0", max_adapter_labels=config.server.max_adapter_labels)
     metrics.registry.register(EngineCollector(engine, model_name=MODEL, max_lora=8))
-    store = AdapterStore(root / "adapters", SPEC, limits=config.limits, max_rank=16, reserved_names={MODEL})
+    store = AdapterStore(
+        root / "adapters",
+        SPEC,
+        limits=config.limits,
+        max_rank=16,
+        reserved_names={MODEL},
+        pin_quota=PinQuota.of(config.engine, SPEC),
+    )
     adapters = AdapterService(store=store, engine=engine, metrics=metrics, model_name=MODEL)
     services = Services(
         config=config,

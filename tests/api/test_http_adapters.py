@@ -104,6 +104,48 @@ async def test_delete(client: httpx.AsyncClient, world: World) -> None:
     assert (await client.patch("/v1/adapters/mine", json={"pinned": True})).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("made", "settings", "words"),
+    [
+        (files.lora, {"adapter_device_bytes": "8KiB"}, ["bytes of adapter memory", "4096", "adapter_device_bytes"]),
+        (files.bottleneck, {"max_device_adapters": 1}, ["1 bottleneck slots", "limit is 0", "max_device_adapters"]),
+        (files.prefix, {"max_pinned_share": 0.0}, ["1 pages of the KV cache", "limit is 0", "max_pinned_share 0 of"]),
+    ],
+)
+async def test_a_pin_over_the_quota_is_refused(
+    make: MakeWorld, made: Any, settings: dict[str, Any], words: list[str]
+) -> None:
+    world = make(**settings)
+    add_adapter(world, "mine", made())
+    async with client_of(world) as client:
+        response = await client.patch("/v1/adapters/mine", json={"pinned": True})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (409, "conflict", "pinned")
+        assert all(word in error["message"] for word in words), error["message"]
+        assert (await client.get("/v1/adapters/mine")).json()["pinned"] is False
+        assert (await client.patch("/v1/adapters/mine", json={"pinned": False})).status_code == 200
+    assert world.engine.prefetched == [(world.store.get("default", "mine").digest, False)]
+
+
+async def test_pins_share_one_quota_and_equal_bytes_count_once(make: MakeWorld) -> None:
+    world = make(max_device_adapters=2)  # a share of 0.5: one slot
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        add_adapter(world, name, files.lora(seed=seed))
+    async with client_of(world) as client:
+        answers = [await client.patch(f"/v1/adapters/{name}", json={"pinned": True}) for name in ("one", "same")]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert (await client.patch("/v1/adapters/other", json={"pinned": True})).status_code == 409
+        # A pin stays with its name: a version of other bytes would be one too many as well.
+        config, weights = adapter_files(files.lora(seed=1))
+        parts = {"config": ("c", config), "weights": ("w", weights)}
+        refused = await client.put("/v1/adapters/one", files=parts)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (409, "pinned")
+        assert world.store.get("default", "one").digest == world.store.get("default", "same").digest
+        await client.patch("/v1/adapters/one", json={"pinned": False})
+        await client.patch("/v1/adapters/same", json={"pinned": False})
+        assert (await client.patch("/v1/adapters/other", json={"pinned": True})).status_code == 200
+
+
 async def test_pinned_adapters_come_back(world: World) -> None:
     digest = add_adapter(world, "mine", tenant="somebody")
     world.store.set_pinned("somebody", "mine", True)

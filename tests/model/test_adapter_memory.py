@@ -174,6 +174,15 @@ def test_bytes_follow_the_real_rank(device: Device) -> None:
     assert sizes == {1: 2 * 3 * page, 8: 2 * 3 * page, 9: 4 * 3 * page, 16: 4 * 3 * page}
 
 
+@pytest.mark.parametrize("made", [files.lora(rank=1), files.lora(rank=9), files.bottleneck(width=5)])
+def test_what_the_quota_of_pins_counts_is_what_is_placed(device: Device, made: tuple[Any, Any]) -> None:
+    host = device.load(made)
+    placement = device.place(host)
+    counted = device.parsed(host).details()["padded_weights"] * 4
+    assert counted <= placement.device_bytes <= 1.5 * counted  # tiny blocks begin at aligned places
+    device.memory.release(placement, host.kind)
+
+
 def test_release_zeroes_the_tables_and_gives_everything_back(device: Device) -> None:
     lora = device.place(device.load(files.lora(TARGET_NAMES, rank=9)))
     bottleneck = device.place(device.load(files.bottleneck()))

@@ -5,7 +5,7 @@ be wrong. A blob is alive while a version points to it.
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from peftserve.errors import ConfigurationError, ConflictError
 from peftserve.types import AdapterKind
 
 SCHEMA_VERSION = 1
+CheckPins = Callable[[Collection[AdapterRecord]], None]
 _BUSY_TIMEOUT_S = 30
 
 _metadata = sa.MetaData()
@@ -76,6 +77,7 @@ _newest_id = (
     .scalar_subquery()
 )
 _current = _records.where(_versions.c.id == _newest_id)
+_pinned = _current.where(_names.c.pinned).order_by(_names.c.tenant, _names.c.name)
 # Built once: this one runs for every request.
 _current_of_name = _current.where(_names.c.tenant == sa.bindparam("tenant"), _names.c.name == sa.bindparam("name"))
 
@@ -104,11 +106,19 @@ class Index:
         self._engine.dispose()
 
     def publish(
-        self, tenant: str, name: str, manifest: AdapterManifest, *, max_adapters: int, keep_versions: int
+        self,
+        tenant: str,
+        name: str,
+        manifest: AdapterManifest,
+        *,
+        max_adapters: int,
+        keep_versions: int,
+        check_pins: CheckPins,
     ) -> AdapterRecord:
         """Make `manifest` the current version of the name; nothing changes if it is already.
 
-        Versions older than the newest `keep_versions` are forgotten. Raises `ConflictError` over the quota.
+        Versions older than the newest `keep_versions` are forgotten. Raises `ConflictError` over the quota, and what
+        `check_pins` raises if the name is pinned.
         """
         with self._write() as connection:
             current = _current_version(connection, tenant, name)
@@ -142,7 +152,10 @@ class Index:
                     _versions.c.tenant == tenant, _versions.c.name == name, _versions.c.id.not_in(kept)
                 )
             )
-            return _records_of(connection, _current_of_name, {"tenant": tenant, "name": name})[0]
+            record = _records_of(connection, _current_of_name, {"tenant": tenant, "name": name})[0]
+            if record.pinned:
+                check_pins(_records_of(connection, _pinned))
+            return record
 
     def check_quota(self, tenant: str, name: str, max_adapters: int) -> None:
         """Raises `ConflictError` if a new name would exceed the quota; existing names may always be replaced."""
@@ -168,7 +181,7 @@ class Index:
     def pinned(self) -> list[AdapterRecord]:
         """The current version of every pinned name, all tenants."""
         with self._read() as connection:
-            return _records_of(connection, _current.where(_names.c.pinned).order_by(_names.c.tenant, _names.c.name))
+            return _records_of(connection, _pinned)
 
     def similar_names(self, tenant: str, name: str, limit: int = 500) -> Sequence[str]:
         """Some names of a tenant, those that begin like `name` first."""
@@ -188,10 +201,16 @@ class Index:
             connection.execute(_names.delete().where(*_is(tenant, name)))
             return record
 
-    def set_pinned(self, tenant: str, name: str, pinned: bool) -> AdapterRecord | None:
-        """Pin or unpin a name; returns its record, None if there is no such name."""
+    def set_pinned(self, tenant: str, name: str, pinned: bool, check_pins: CheckPins) -> AdapterRecord | None:
+        """Pin or unpin a name; returns its record, None if there is no such name.
+
+        A new pin is undone if `check_pins`, which gets all that would be pinned, raises.
+        """
         with self._write() as connection:
+            before = _current_version(connection, tenant, name)
             connection.execute(_names.update().where(*_is(tenant, name)).values(pinned=pinned))
+            if pinned and before is not None and not before.pinned:
+                check_pins(_records_of(connection, _pinned))
             return _current_version(connection, tenant, name)
 
     def live_digests(self) -> set[str]:

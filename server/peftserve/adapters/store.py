@@ -14,6 +14,7 @@ from typing import TypeAlias
 from peftserve.adapters import blobs, locks, names
 from peftserve.adapters.index import Index
 from peftserve.adapters.manifest import AdapterManifest, AdapterRecord
+from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.upload import Upload
 from peftserve.config import LimitsConfig
 from peftserve.errors import AdapterNotFoundError
@@ -39,12 +40,14 @@ class AdapterStore:
         reserved_names: Collection[str] = (),
         index_url: str | None = None,
         keep_versions: int = KEEP_VERSIONS,
+        pin_quota: PinQuota | None = None,
     ) -> None:
         """Open the store under `root` (see `blobs.adapters_root`), creating it if need be, and clean up after a crash.
 
         `spec` is the base that uploads are validated against, `max_rank` bounds LoRA ranks and bottleneck widths,
         `reserved_names` may not be given to adapters. `index_url` is an SQLAlchemy URL; the default is a SQLite file
-        under `root`. The newest `keep_versions` of each name can be asked for by digest.
+        under `root`. The newest `keep_versions` of each name can be asked for by digest. `pin_quota` bounds what pinned
+        adapters may hold; None does not.
         """
         self.root = root
         self._spec = spec
@@ -52,6 +55,7 @@ class AdapterStore:
         self._max_rank = max_rank
         self._reserved = frozenset(reserved_names)
         self._keep_versions = keep_versions
+        self._pin_quota = pin_quota
         for folder in (root / "blobs", blobs.staging_dir(root)):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = root / "lock"
@@ -125,8 +129,11 @@ class AdapterStore:
         return record
 
     def set_pinned(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
-        """Pin or unpin a name; a pin stays with the name when a new version replaces the old."""
-        record = self._index.set_pinned(tenant, name, pinned)
+        """Pin or unpin a name; a pin stays with the name when a new version replaces the old.
+
+        Raises `AdapterNotFoundError`, and `ConflictError` for a pin over the quota.
+        """
+        record = self._index.set_pinned(tenant, name, pinned, self._check_pins)
         if record is None:
             raise self._not_found(tenant, name)
         return record
@@ -157,7 +164,12 @@ class AdapterStore:
                 manifest,
                 max_adapters=self._limits.max_adapters,
                 keep_versions=self._keep_versions,
+                check_pins=self._check_pins,
             )
+
+    def _check_pins(self, pinned: Collection[AdapterRecord]) -> None:
+        if self._pin_quota is not None:
+            self._pin_quota.check(pinned)
 
     def _sweep(self) -> None:
         """Remove what uploads of dead processes left behind."""

@@ -101,7 +101,7 @@ class AdapterService:
         return record
 
     async def set_pinned(self, tenant: str, name: str, pinned: bool) -> AdapterView:
-        """A pinned adapter stays on the device. Raises `AdapterNotFoundError`."""
+        """A pinned adapter stays on the device. Raises `AdapterNotFoundError`, `ConflictError` over the pins' quota."""
         record = await anyio.to_thread.run_sync(self._store.set_pinned, tenant, name, pinned)
         await self._prefetch(record)
         return self._view(record)

@@ -12,6 +12,8 @@ from peftserve.adapters.safetensors import TensorView
 from peftserve.model.spec import TARGET_NAMES
 from peftserve.types import AdapterKind
 
+_PAGE_ROWS = 8  # as `peftserve_kernels.rank_pages`, which needs torch; a test compares what comes of it
+
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
@@ -44,6 +46,9 @@ class LoraAdapter:
             "scales": sorted({module.scale for module in self.modules.values()})[:16],
             "target_modules": [name for index, name in enumerate(TARGET_NAMES) if index in used],
             "layers": len({layer for layer, _ in self.modules}),
+            "padded_weights": sum(
+                _padded(module.rank) * (module.a.shape[1] + module.b.shape[0]) for module in self.modules.values()
+            ),
         }
 
 
@@ -158,7 +163,15 @@ class BottleneckAdapter:
             "activation": self.activation.value,
             "input": self.input_mode.value,
             "layers": len({layer for layer, _ in self.sites}),
+            "padded_weights": sum(
+                (2 * _padded(module.width) + 1) * module.down.shape[1] + module.width for module in self.sites.values()
+            ),
         }
+
+
+def _padded(rank: int) -> int:
+    """Rank rows as they lie on the device, in pages of 8."""
+    return -(-rank // _PAGE_ROWS) * _PAGE_ROWS
 
 
 Adapter: TypeAlias = LoraAdapter | PrefixAdapter | BottleneckAdapter

@@ -1,0 +1,68 @@
+"""What pinned adapters may hold of the device: a pin is never evicted, so without a bound one tenant's pins would leave
+no place for anybody else's adapters."""
+
+import math
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from peftserve.adapters.manifest import AdapterRecord
+from peftserve.config import EngineConfig
+from peftserve.errors import ConflictError
+from peftserve.model.spec import ModelSpec
+from peftserve.types import AdapterKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinQuota:
+    """`weight_bytes` for LoRA and bottleneck adapters together, `prefix_pages` of the KV cache, `slots` of each kind.
+
+    `element_bytes` is the size of a weight on the device, `page_size` the tokens of a KV page, `share` the setting that
+    all of this follows from.
+    """
+
+    share: float
+    weight_bytes: int
+    prefix_pages: int
+    slots: int
+    element_bytes: int
+    page_size: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, spec: ModelSpec) -> "PinQuota":
+        """The quota that `max_pinned_share` of what the engine will have comes to."""
+        share, element_bytes = config.max_pinned_share, 4 if config.dtype == "float32" else 2
+        pages = config.kv_cache_bytes // spec.kv_page_bytes(config.page_size, element_bytes)
+        return cls(
+            share=share,
+            weight_bytes=math.floor(share * config.adapter_device_bytes),
+            prefix_pages=math.floor(share * pages),
+            slots=math.floor(share * config.max_device_adapters),
+            element_bytes=element_bytes,
+            page_size=config.page_size,
+        )
+
+    def check(self, pinned: Collection[AdapterRecord]) -> None:
+        """Raise `ConflictError`, naming what is exceeded, unless all of `pinned` may be pinned together."""
+        # Bytes that have several names lie on the device once.
+        records = list({record.digest: record for record in pinned}.values())
+        prefixes = [record for record in records if record.kind is AdapterKind.PREFIX]
+        weights = [record for record in records if record.kind is not AdapterKind.PREFIX]
+        pages = sum(-(-int(record.details["num_virtual_tokens"]) // self.page_size) for record in prefixes)
+        counts = Counter(record.kind for record in weights)
+        for what, needed, limit, setting in (
+            ("bytes of adapter memory", sum(map(self._bytes, weights)), self.weight_bytes, "adapter_device_bytes"),
+            ("pages of the KV cache", pages, self.prefix_pages, "kv_cache_bytes"),
+            *((f"{kind} slots", count, self.slots, "max_device_adapters") for kind, count in sorted(counts.items())),
+        ):
+            if needed > limit:
+                raise ConflictError(
+                    f"pinned: all pinned adapters together would hold {needed} {what}, and the limit is {limit} "
+                    f"(max_pinned_share {self.share:g} of {setting}); unpin another one first",
+                    field="pinned",
+                )
+
+    def _bytes(self, record: AdapterRecord) -> int:
+        # Versions published before there was a count: as many bytes as the file, which is near enough.
+        padded = record.details.get("padded_weights")
+        return record.size_bytes if padded is None else int(padded) * self.element_bytes
