@@ -174,7 +174,7 @@ def test_bytes_follow_the_real_rank(device: Device) -> None:
     assert sizes == {1: 2 * 3 * page, 8: 2 * 3 * page, 9: 4 * 3 * page, 16: 4 * 3 * page}
 
 
-@pytest.mark.parametrize("made", [files.lora(rank=1), files.lora(rank=9), files.bottleneck(width=5)])
+@pytest.mark.parametrize("made", [files.lora(rank=1), files.lora(rank=9), files.bottleneck(width=4)])
 def test_what_the_quota_of_pins_counts_is_what_is_placed(device: Device, made: tuple[Any, Any]) -> None:
     host = device.load(made)
     placement = device.place(host)
