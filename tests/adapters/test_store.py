@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import save
+from sqlalchemy import event
 
 from peftserve.adapters import blobs, manifest
 from peftserve.adapters.manifest import AdapterRecord
@@ -16,6 +18,7 @@ from peftserve.adapters.store import AdapterStore
 from peftserve.config import LimitsConfig
 from peftserve.errors import (
     AdapterNotFoundError,
+    ConfigurationError,
     ConflictError,
     InvalidAdapterError,
     InvalidRequestError,
@@ -43,6 +46,31 @@ def staged(store: AdapterStore) -> list[str]:
 
 def digests(records: list[AdapterRecord]) -> list[str]:
     return [record.digest for record in records]
+
+
+def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"data_dir: cannot write to .*file/adapters: Not a directory"):
+        AdapterStore(tmp_path / "file" / "adapters", SPEC)
+    (tmp_path / "index.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(ConfigurationError, match="cannot open the adapter index: file is not a database"):
+        AdapterStore(tmp_path, SPEC)
+
+
+def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
+    """The index on a disk without room: SQLite's own limit stands in for it."""
+
+    def no_room(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA max_page_count=1")
+
+    store = AdapterStore(tmp_path, SPEC)
+    event.listen(store._index._engine, "connect", no_room)
+    store._index._engine.dispose()
+    with pytest.raises(UnavailableError, match="adapter storage is full") as caught:
+        for seed in range(100):
+            push(store, "t", f"a{seed}", lora(seed=seed))
+    assert caught.value.retry_after_s
+    store.close()
 
 
 def test_publish_and_read_back(store: AdapterStore) -> None:

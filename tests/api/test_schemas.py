@@ -39,6 +39,10 @@ def sampling(**fields: Any) -> dict[str, Any]:
         ({"seed": 2**63}, f"sampling.seed: must be less than {2**63} (got {2**63})"),
         ({"repetition_penalty": 0}, "sampling.repetition_penalty: must be greater than 0 (got 0)"),
         ({"presence_penalty": 3}, "sampling.presence_penalty: must be less than or equal to 2 (got 3)"),
+        (
+            {"logit_bias": {"5": 1, "05": 2}},
+            "sampling.logit_bias: '05' is no token id; write it in digits, without anything before or after",
+        ),
         ({"logit_bias": {"5": 101}}, "sampling.logit_bias.5: must be less than or equal to 100 (got 101)"),
         ({"stop": [""]}, "sampling.stop.0: String should have at least 1 character (got '')"),
         ({"stop_token_ids": [-1]}, "sampling.stop_token_ids.0: must be greater than or equal to 0 (got -1)"),

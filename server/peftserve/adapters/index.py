@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy import event
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
 from peftserve.adapters.manifest import AdapterManifest, AdapterRecord
-from peftserve.errors import ConfigurationError, ConflictError
+from peftserve.errors import ConfigurationError, ConflictError, UnavailableError
 from peftserve.types import AdapterKind
+
+log = structlog.get_logger(__name__)
 
 SCHEMA_VERSION = 1
 CheckPins = Callable[[Collection[AdapterRecord]], None]
@@ -91,16 +94,22 @@ class Index:
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
-        with self._write() as connection:
-            _metadata.create_all(connection)
-            version = connection.scalar(sa.select(_schema.c.version))
-            if version is None:
-                connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
-                raise ConfigurationError(
-                    f"the adapter index has schema version {version}, this server knows {SCHEMA_VERSION}; "
-                    "run the server version that made it, or start with another data_dir"
-                )
+        try:
+            with self._engine.execution_options(peftserve_write=True).begin() as connection:
+                _metadata.create_all(connection)
+                version = connection.scalar(sa.select(_schema.c.version))
+                if version is None:
+                    connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
+        except DatabaseError as error:  # no database at all, a full or read-only disk
+            self.close()
+            raise ConfigurationError(
+                f"data_dir: cannot open the adapter index: {error.orig}", field="data_dir"
+            ) from error
+        if version not in (None, SCHEMA_VERSION):
+            raise ConfigurationError(
+                f"the adapter index has schema version {version}, this server knows {SCHEMA_VERSION}; "
+                "run the server version that made it, or start with another data_dir"
+            )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -229,13 +238,29 @@ class Index:
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
-        with self._engine.connect() as connection, connection.begin():
+        with _available(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        with self._engine.connect().execution_options(peftserve_write=True) as connection, connection.begin():
+        with (
+            _available(),
+            self._engine.connect().execution_options(peftserve_write=True) as connection,
+            connection.begin(),
+        ):
             yield connection
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    """A full disk or a database that is away is the operator's to mend, and the client's to wait for."""
+    try:
+        yield
+    except OperationalError as error:
+        log.error("the adapter index cannot be used", error=str(error.orig))
+        full = "disk is full" in str(error.orig)
+        what = "the server's adapter storage is full" if full else "the server's adapter index cannot be used now"
+        raise UnavailableError(what, retry_after_s=60.0) from error
 
 
 def _is(tenant: str, name: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:

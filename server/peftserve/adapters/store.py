@@ -17,7 +17,7 @@ from peftserve.adapters.manifest import AdapterManifest, AdapterRecord
 from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.upload import Upload
 from peftserve.config import LimitsConfig
-from peftserve.errors import AdapterNotFoundError
+from peftserve.errors import AdapterNotFoundError, ConfigurationError
 from peftserve.model.spec import ModelSpec
 
 # Named here because `AdapterStore.list` hides the builtin inside the class.
@@ -45,7 +45,7 @@ class AdapterStore:
         """Open the store under `root` (see `blobs.adapters_root`), creating it if need be, and clean up after a crash.
 
         `spec` is the base that uploads are validated against, `max_rank` bounds LoRA ranks and bottleneck widths,
-        `reserved_names` may not be given to adapters. `index_url` is an SQLAlchemy URL; the default is a SQLite file
+        Raises `ConfigurationError` if `root` cannot be used. `reserved_names` may not be given to adapters. `index_url` is an SQLAlchemy URL; the default is a SQLite file
         under `root`. The newest `keep_versions` of each name can be asked for by digest. `pin_quota` bounds what pinned
         adapters may hold; None does not.
         """
@@ -56,8 +56,11 @@ class AdapterStore:
         self._reserved = frozenset(reserved_names)
         self._keep_versions = keep_versions
         self._pin_quota = pin_quota
-        for folder in (root / "blobs", blobs.staging_dir(root)):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            for folder in (root / "blobs", blobs.staging_dir(root)):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigurationError(f"data_dir: cannot write to {root}: {error.strerror}", field="data_dir") from error
         self._lock = root / "lock"
         self._index = Index(index_url or f"sqlite:///{root / 'index.sqlite3'}")
         self._sweep()

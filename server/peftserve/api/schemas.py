@@ -6,6 +6,7 @@ the format; `LimitsConfig` may set lower ones, which `api.limits` checks.
 Lists end at their first fault: a body of a million bad elements must cost no more than one of a million good ones.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -43,9 +44,14 @@ def _as_list(value: Any) -> Any:
 
 
 def _few_biases(value: Any) -> Any:
-    # By itself pydantic counts after it has looked at every one of them.
-    if isinstance(value, dict) and len(value) > _MAX_BIASES:
+    """Before pydantic, which counts them after it has looked at each, and reads "05" and "5 " as one and the same."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > _MAX_BIASES:
         raise ValueError(f"{len(value)} entries, and the limit is {_MAX_BIASES}")
+    for key in value:
+        if isinstance(key, str) and re.fullmatch(r"-?(0|[1-9][0-9]*)", key) is None:
+            raise ValueError(f"{key[:32]!r} is no token id; write it in digits, without anything before or after")
     return value
 
 
