@@ -66,9 +66,13 @@ def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path, SPEC)
     event.listen(store._index._engine, "connect", no_room)
     store._index._engine.dispose()
-    with pytest.raises(UnavailableError, match="adapter storage is full") as caught:
+
+    def fill() -> None:
         for seed in range(100):
             push(store, "t", f"a{seed}", lora(seed=seed))
+
+    with pytest.raises(UnavailableError, match="adapter storage is full") as caught:
+        fill()
     assert caught.value.retry_after_s
     store.close()
 

@@ -45,9 +45,9 @@ class AdapterStore:
         """Open the store under `root` (see `blobs.adapters_root`), creating it if need be, and clean up after a crash.
 
         `spec` is the base that uploads are validated against, `max_rank` bounds LoRA ranks and bottleneck widths,
-        Raises `ConfigurationError` if `root` cannot be used. `reserved_names` may not be given to adapters. `index_url` is an SQLAlchemy URL; the default is a SQLite file
+        `reserved_names` may not be given to adapters. `index_url` is an SQLAlchemy URL; the default is a SQLite file
         under `root`. The newest `keep_versions` of each name can be asked for by digest. `pin_quota` bounds what pinned
-        adapters may hold; None does not.
+        adapters may hold; None does not. Raises `ConfigurationError` if `root` or the index cannot be used.
         """
         self.root = root
         self._spec = spec
