@@ -1,15 +1,18 @@
 """The only file that wires everything: model, engine, adapter store, services, both listeners, signals, drain."""
 
 import asyncio
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +212,20 @@ async def _checkpoint(config: Config) -> Path:
     if found is not None:
         return found
     logger.info("preparing the model; this happens once", model=model)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         return await asyncio.get_running_loop().run_in_executor(pool, prepare, model, data_dir)
+
+
+def _end_with_parent() -> None:
+    """In a pool's child: a signal that ends the parent, which handles none yet, must not leave the child behind."""
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 async def _housekeeping(adapters: AdapterService) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peftserve import app
@@ -48,3 +49,24 @@ def test_logs_as_json() -> None:
     assert (ours["event"], ours["level"], ours["request_id"]) == ("hello", "info", "r")
     assert (theirs["event"], theirs["level"]) == ("careful 1", "warning")
     assert failed["exception"][0]["exc_type"] == "ZeroDivisionError"
+
+
+def test_the_child_that_prepares_a_model_ends_with_its_parent() -> None:
+    script = (
+        "import sys, time, os\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from peftserve.app import _end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=_end_with_parent)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.terminate()
+    parent.wait(10)
+    parent.stdout.close()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running()
