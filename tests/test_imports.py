@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.engine.sampler": {"peftserve.types", "peftserve.engine.plan", "peftserve_kernels"},
     "peftserve.engine.build": LEAVES
     | SPEC
-    | {"peftserve.adapters", "peftserve.engine", "peftserve.engine.messages", "peftserve.model"},
+    | {"peftserve.adapters", "peftserve.engine", "peftserve.engine.messages", "peftserve.model", "peftserve_kernels"},
     "peftserve.engine.process": LEAVES
     | {"peftserve.engine", "peftserve.engine.messages", "peftserve.engine.build", "peftserve.log"},
     "peftserve.api": LEAVES
