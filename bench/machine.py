@@ -6,6 +6,7 @@ No host name, user or path: results are meant to be published.
 import os
 import platform
 import statistics
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from measure import Call, Effort, interleave
 
 READ_BYTES = 256 * 2**20
 GEMM_SIZE = 2048
+_PROBE_SIZE = 192
 _FALLBACK_CACHE_BYTES = 32 * 2**20
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -27,15 +29,28 @@ _PACKAGES = ("peftserve", "torch", "transformers", "peft", "bitsandbytes", "trit
 _SETTINGS = ("PEFTSERVE_KERNELS", "PEFTSERVE_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
+@cache
+def dense_dtype() -> torch.dtype:
+    """What torch multiplies fastest in, here: bfloat16 where the processor has instructions for it (elsewhere torch's
+    product is a plain loop), else float32. The dense rivals and the arithmetic limit use it."""
+    if torch.get_default_device().type == "cuda":
+        return torch.bfloat16
+    x = torch.randn(_PROBE_SIZE, _PROBE_SIZE)
+    candidates = {dtype: x.to(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    calls = {str(dtype): partial(torch.mm, values, values) for dtype, values in candidates.items()}
+    seconds = interleave(calls, Effort(rounds=3, turn_s=0.005))
+    return min(candidates, key=lambda dtype: statistics.median(seconds[str(dtype)]))
+
+
 class Limits:
-    """The two probes that bound every op: reads of more memory than any cache holds, and a square bf16 product."""
+    """The two probes that bound every op: reads of more memory than any cache holds, and a square product."""
 
     def __init__(self, *, quick: bool) -> None:
         elements = READ_BYTES // 4 // (64 if quick else 1)
         size = GEMM_SIZE // (8 if quick else 1)
         self._memory = torch.ones(elements)
-        self._a = torch.randn(size, size).bfloat16()
-        self._b = torch.randn(size, size).bfloat16()
+        self._a = torch.randn(size, size).to(dense_dtype())
+        self._b = torch.randn(size, size).to(dense_dtype())
         self.read_bytes = self._memory.nbytes
         self.gemm_flops = 2 * size**3
 
@@ -47,12 +62,13 @@ class Limits:
         """The least time for an op that reads `nbytes` and computes `flops` (roofline; Williams et al. 2009)."""
         return max(nbytes * read_s / self.read_bytes, flops * gemm_s / self.gemm_flops)
 
-    def measure(self, effort: Effort) -> dict[str, float]:
-        """`read_bytes_per_s` and `bf16_flops`, medians."""
+    def measure(self, effort: Effort) -> dict[str, Any]:
+        """`read_bytes_per_s` and `gemm_flops`, medians, and the product's dtype."""
         seconds = interleave(self.probes(), effort)
         return {
             "read_bytes_per_s": self.read_bytes / statistics.median(seconds["read"]),
-            "bf16_flops": self.gemm_flops / statistics.median(seconds["gemm"]),
+            "gemm_dtype": str(self._a.dtype).removeprefix("torch."),
+            "gemm_flops": self.gemm_flops / statistics.median(seconds["gemm"]),
         }
 
 

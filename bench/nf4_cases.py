@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from machine import last_level_cache_bytes
+from machine import dense_dtype, last_level_cache_bytes
 from measure import Call, rotating
 from peftserve_kernels import NF4_BLOCK, Nf4Weight, nf4_linear
 from peftserve_kernels.nf4_linear import nf4_linear_reference
@@ -54,13 +54,13 @@ class Layer:
         self.name = name
         self.rows, self.columns = rows, columns
         layer: Any = Linear4bit(  # type: ignore[no-untyped-call]
-            columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            columns, rows, bias=False, compute_dtype=dense_dtype(), quant_type="nf4"
         )
         values = torch.randn(rows, columns) * columns**-0.5
         layer.weight = Params4bit(values.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True)
         layer = layer.to("cpu").eval()
         weight = _flatten(layer)
-        dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16()
+        dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dense_dtype())
         count = copies_for(weight.nbytes, quick=quick)
         self.nf4 = [Nf4Weight(weight.packed.clone(), weight.absmax.clone()) for _ in range(count)]
         # Linear4bit has two ways on the CPU. In evaluation mode on AVX512_BF16 its first call repacks the weight for a
@@ -68,19 +68,20 @@ class Layer:
         self.packed4bit = [copy.deepcopy(layer) for _ in range(count)]
         self.unpacked4bit = [copy.deepcopy(layer).train() for _ in range(count)]
         self.dense_t = [dense.clone().t() for _ in range(copies_for(dense.nbytes, quick=quick))]
-        warm = torch.zeros(1, columns, dtype=torch.bfloat16)
+        warm = torch.zeros(1, columns, dtype=dense_dtype())
         for each in self.packed4bit:
             each(warm)
 
     def case(self, tokens: int) -> Case:
         """The layer on [M, K] activations."""
         x = torch.randn(tokens, self.columns).bfloat16()
+        rival_x = x.to(dense_dtype())
         variants: dict[str, Call] = {
             "ours": rotating(self.nf4, lambda weight: nf4_linear(x, weight)),
             "reference": rotating(self.nf4, lambda weight: nf4_linear_reference(x, weight)),
-            "bnb": rotating(self.packed4bit, lambda layer: layer(x)),
-            "bnb_unpacked": rotating(self.unpacked4bit, lambda layer: layer(x)),
-            "dense": rotating(self.dense_t, lambda weight: torch.mm(x, weight)),
+            "bnb": rotating(self.packed4bit, lambda layer: layer(rival_x)),
+            "bnb_unpacked": rotating(self.unpacked4bit, lambda layer: layer(rival_x)),
+            "dense": rotating(self.dense_t, lambda weight: torch.mm(rival_x, weight)),
         }
         self._check(x, variants)
         return Case(

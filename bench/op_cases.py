@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from machine import dense_dtype
 from measure import Call, rotating
 from nf4_cases import Case, copies_for
 from peftserve.model.decoder import lora_slices
@@ -170,6 +171,9 @@ class OpCases:
         weight = (torch.randn(rows, columns) * columns**-0.5).to(_BF16)
         weights = [weight.clone() for _ in range(copies_for(weight.nbytes, quick=self._quick))]
         x = _activations(tokens, columns)
+        # A copy each only where the dtype differs.
+        dense = [each.to(dense_dtype()).t() for each in weights]
+        rival_x = x.to(dense_dtype())
         return self._case(
             "linear_logits",
             f"{rows}x{columns}",
@@ -178,7 +182,7 @@ class OpCases:
             rotating(weights, lambda w: linear_logits_reference(x, w)),
             nbytes=weight.nbytes + x.nbytes + 4 * tokens * rows,
             flops=2 * tokens * rows * columns,
-            dense=rotating(weights, lambda w: torch.mm(x, w.t())),
+            dense=rotating(dense, lambda w: torch.mm(rival_x, w)),
         )
 
     def _sample(self, tokens: int, shape: str, *, temperature: float, top_p: float) -> Case:

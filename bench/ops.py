@@ -117,7 +117,7 @@ def _measure(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
         "rounds_us": {name: [value * 1e6 for value in values] for name, values in seconds.items()},
         "speedup_over": {name: median_ratio(seconds[name], ours) for name in RIVALS if name in seconds},
         "of_read_bandwidth": median_ratio(read_s, ours),
-        "of_bf16_flops": median_ratio(gemm_s, ours),
+        "of_gemm_flops": median_ratio(gemm_s, ours),
         "of_limit": median_ratio(least, ours),
         "spread": spread(ours),
     }
@@ -129,7 +129,7 @@ def _show_linear(results: list[dict[str, Any]]) -> None:
             *(entry["shape"], str(entry["tokens"]), f"{entry['us']['ours']:,.0f}"),
             *(f"{entry['us'][name]:,.0f}" for name in RIVALS),
             *(f"{entry['speedup_over'][name]:.2f}" for name in RIVALS),
-            *(f"{entry['of_read_bandwidth']:.0%}", f"{entry['of_bf16_flops']:.0%}"),
+            *(f"{entry['of_read_bandwidth']:.0%}", f"{entry['of_gemm_flops']:.0%}"),
         ]
         for entry in results
     ]

@@ -1,4 +1,5 @@
-"""The rival: PEFT on transformers, on the very weights that are served (NF4, dequantised to bf16).
+"""The rival: PEFT on transformers, on the very weights that are served (NF4, dequantised to bf16, or to float32
+where torch is faster in that).
 
 PEFT can mix LoRAs and the bare base in one batch (`adapter_names`), but neither prefixes nor bottleneck adapters.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from machine import dense_dtype
 from peftserve.model.dense import dense_state
 
 # PEFT imports bitsandbytes, which warns of an optional kernel that nothing here would use.
@@ -25,13 +27,13 @@ BASE = "__base__"
 
 
 class PeftBaseline:
-    """`generate` in bf16, greedy, with LoRAs from `folders` by name."""
+    """`generate` in `machine.dense_dtype()`, greedy, with LoRAs from `folders` by name."""
 
     def __init__(self, checkpoint: Path, folders: Mapping[str, Path]) -> None:
         config = AutoConfig.from_pretrained(checkpoint)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        base = AutoModelForCausalLM.from_config(config, dtype=dense_dtype())  # type: ignore[no-untyped-call]
         missing, unexpected = base.load_state_dict(dense_state(checkpoint), strict=False)
         if unexpected or missing not in ([], ["lm_head.weight"]):
             raise RuntimeError(f"the checkpoint does not fit: missing {missing}, unexpected {unexpected}")
@@ -39,11 +41,11 @@ class PeftBaseline:
         (first, folder), *others = folders.items()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT asks transformers by names that it deprecates
-            # Adapters stay in bf16 as the base is: PEFT's default, float32, is slower.
+            # Adapters stay in the base's dtype: PEFT's default, float32, is slower beside bf16.
             self._model: Any = PeftModel.from_pretrained(base, folder, adapter_name=first, autocast_adapter_dtype=False)
             for name, folder in others:
                 self._model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-        self._model.eval()
+        self._model.to(dense_dtype()).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

@@ -22,7 +22,7 @@ def show_machine(machine: Mapping[str, Any]) -> None:
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"load {machine['load_average']}; reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"bf16 product {machine['bf16_flops'] / 1e9:.0f} GFLOP/s"
+        f"{machine['gemm_dtype']} product {machine['gemm_flops'] / 1e9:.0f} GFLOP/s"
     )
 
 
