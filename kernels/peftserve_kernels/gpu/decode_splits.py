@@ -1,4 +1,4 @@
-"""How a decode query's positions are cut into splits, and what room their sums take. Imports no Triton.
+"""How a decode query's positions are cut into splits, and what room their sums take. Needs no Triton.
 
 Splits start at multiples of a span that only the query's own context and the window decide, so that neither other
 queries nor the width of the batch's block tables show in a row's bits.
