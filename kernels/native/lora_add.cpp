@@ -62,11 +62,12 @@ class Update {
                store_part(to, count, sum(to, count, delta));
              });
     } else {
-      const W* g = arena_ + row_scale;
+      const W* excess = arena_ + row_scale;  // of g over 1
       expand(t, task.tokens, b,
              [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
                T* to = y + m * args_.y_stride + column;
-               store_part(to, count, mul(load_part(g + column, count), sum(to, count, delta)));
+               const Vec updated = sum(to, count, delta);
+               store_part(to, count, fma(load_part(excess + column, count), updated, updated));
              });
     }
   }

@@ -21,7 +21,8 @@ class LoraWeights:
     arena: model dtype or float32 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page: int64
     [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
     (rows [8, out]), multiples of 8; P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. row_scale: int64
-    [slots, layers, targets], the element offset of DoRA's row scale [out], a multiple of 8, or -1 for none. Rank 0: the
+    [slots, layers, targets], the element offset of DoRA's row scale less one [out], a multiple of 8, or -1 for none: g
+    is near 1, and g - 1 keeps in 16 bits what g would lose. Rank 0: the
     adapter does not touch that module, and none of its other entries is read. The tables are filled and cleared in
     place as adapters come and go.
     Raises ValueError for shapes that do not agree.
@@ -124,8 +125,9 @@ def lora_add_reference(
             if row_scale < 0:
                 out.add_(delta, alpha=scales[target])
             else:
-                g = weights.arena[row_scale : row_scale + piece.out_features].float()
-                out.copy_(g * torch.add(out, delta, alpha=scales[target]))
+                excess = weights.arena[row_scale : row_scale + piece.out_features].float()
+                updated = torch.add(out, delta, alpha=scales[target])
+                out.copy_(updated + excess * updated)
 
 
 _LoraAdd = Callable[[Tensor, Tensor, Segments, LoraWeights, int, Sequence[LoraSlice]], None]

@@ -68,18 +68,20 @@ class Nf4Weight:
     """A linear layer's weight [N, K] in NF4; K is a multiple of 64.
 
     packed: uint8 [N, K / 2], the high nibble of byte j of a row is column 2j, the low one column 2j + 1.
-    absmax: float32 [N, K / 64], the scale of each block. Both in the order that `layout` says.
+    absmax: float32 [N, K / 64], the scale of each block. Both in the order that `layout` says, and both with `padding`
+    more rows, zeros that fill the last tile and are no part of the weight.
     Raises ValueError for other shapes or dtypes.
     """
 
     packed: Tensor
     absmax: Tensor
     layout: Nf4Layout = Nf4Layout.ROWS
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if self.packed.ndim != 2 or self.packed.dtype != torch.uint8:
             raise ValueError(f"packed: must be uint8 [N, K/2], got {self.packed.dtype} {list(self.packed.shape)}")
-        rows, columns = self.shape
+        rows, columns = self.packed.shape[0], self.packed.shape[1] * 2
         if columns % NF4_BLOCK:
             raise ValueError(f"packed: K must be a multiple of {NF4_BLOCK}, got {columns}")
         wanted = (rows, columns // NF4_BLOCK)
@@ -89,11 +91,13 @@ class Nf4Weight:
             )
         if self.layout is not Nf4Layout.ROWS:
             _check_tiles(rows)
+        if not 0 <= self.padding < TILE_ROWS or self.padding > rows:
+            raise ValueError(f"padding: must be fewer rows than a tile's {TILE_ROWS}, got {self.padding} of {rows}")
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K): output and input features."""
-        return self.packed.shape[0], self.packed.shape[1] * 2
+        return self.packed.shape[0] - self.padding, self.packed.shape[1] * 2
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +105,12 @@ class Nf4Weight:
 
     @classmethod
     def cat(cls, weights: Sequence["Nf4Weight"]) -> "Nf4Weight":
-        """Stack weights of the same K along N. Lossless. Raises ValueError for none, or when K or layout differ."""
+        """Stack weights of the same K along N. Lossless.
+
+        Raises ValueError for none, when K or layout differ, or for one with padding.
+        """
+        if any(weight.padding for weight in weights):
+            raise ValueError("weights: stack them before they are padded")
         if len({(weight.shape[1], weight.layout) for weight in weights}) != 1:
             shapes = [(*weight.shape, str(weight.layout)) for weight in weights]
             raise ValueError(f"weights: must all have the same K and layout, got {shapes}")
@@ -109,7 +118,12 @@ class Nf4Weight:
         return cls(torch.cat([w.packed for w in weights]), torch.cat([w.absmax for w in weights]), layout)
 
     def rows(self, start: int, end: int) -> "Nf4Weight":
-        """Rows `start` .. `end` (end excluded), as a view. Except in `ROWS` both must be multiples of 16."""
+        """Rows `start` .. `end` (end excluded), as a view. Except in `ROWS` both must be multiples of 16.
+
+        Raises ValueError for other rows, or for a weight with padding.
+        """
+        if self.padding:
+            raise ValueError("rows: a padded weight has no views")
         if self.layout is not Nf4Layout.ROWS and start % TILE_ROWS:
             raise ValueError(f"rows: a view of tiles starts at a multiple of {TILE_ROWS}, got {start}")
         return Nf4Weight(self.packed[start:end], self.absmax[start:end], self.layout)
@@ -118,41 +132,43 @@ class Nf4Weight:
         """The same weight in `Nf4Layout.TILES`, a copy unless it is already. Raises ValueError unless 16 divides N."""
         if self.layout is Nf4Layout.TILES:
             return self
-        weight = self.row_major()
-        rows = weight.shape[0]
+        weight = self if self.layout is Nf4Layout.ROWS else self.row_major().padded()
+        rows = weight.packed.shape[0]
         _check_tiles(rows)
         packed = _tile(weight.packed.contiguous().view(torch.int32)).view(rows, -1).view(torch.uint8)
-        return Nf4Weight(packed, _tile(weight.absmax).view(rows, -1), Nf4Layout.TILES)
+        return Nf4Weight(packed, _tile(weight.absmax).view(rows, -1), Nf4Layout.TILES, weight.padding)
 
     def blocked(self) -> "Nf4Weight":
         """The same weight in `Nf4Layout.BLOCKS`, a copy unless it is already. Raises ValueError unless 16 divides N."""
         if self.layout is Nf4Layout.BLOCKS:
             return self
-        weight = self.row_major()
-        rows, columns = weight.shape
+        weight = self if self.layout is Nf4Layout.ROWS else self.row_major().padded()
+        rows, columns = weight.packed.shape[0], weight.shape[1]
         _check_tiles(rows)
         nibbles = _renumber(weight.packed, to_blocks=True)
         words = nibbles.view(rows // TILE_ROWS, TILE_ROWS, columns // NF4_BLOCK, 4, 8).permute(0, 2, 1, 4, 3)
-        return Nf4Weight(words.reshape(rows, -1), _tile(weight.absmax).view(rows, -1), Nf4Layout.BLOCKS)
+        return Nf4Weight(words.reshape(rows, -1), _tile(weight.absmax).view(rows, -1), Nf4Layout.BLOCKS, weight.padding)
 
     def row_major(self) -> "Nf4Weight":
-        """The same weight in `Nf4Layout.ROWS`, a copy unless it is already."""
+        """The same weight in `Nf4Layout.ROWS` without padding, a copy unless it is already."""
+        wanted = self.shape[0]
         if self.layout is Nf4Layout.ROWS:
-            return self
-        rows, columns = self.shape
-        absmax = _untile(self.absmax)
+            return self if not self.padding else Nf4Weight(self.packed[:wanted], self.absmax[:wanted])
+        rows, columns = self.packed.shape[0], self.shape[1]
+        absmax = _untile(self.absmax)[:wanted]
         if self.layout is Nf4Layout.TILES:
-            return Nf4Weight(_untile(self.packed.contiguous().view(torch.int32)).view(torch.uint8), absmax)
+            packed = _untile(self.packed.contiguous().view(torch.int32)).view(torch.uint8)
+            return Nf4Weight(packed[:wanted], absmax)
         words = self.packed.reshape(rows // TILE_ROWS, columns // NF4_BLOCK, TILE_ROWS, 8, 4).permute(0, 2, 1, 4, 3)
-        return Nf4Weight(_renumber(words.reshape(rows, -1), to_blocks=False), absmax)
+        return Nf4Weight(_renumber(words.reshape(rows, -1), to_blocks=False)[:wanted], absmax)
 
     def padded(self) -> "Nf4Weight":
-        """This weight with zero rows up to a multiple of 16, a copy unless there is nothing to add."""
-        missing = -self.shape[0] % TILE_ROWS
+        """This weight, in `ROWS`, with `padding` up to a multiple of 16, a copy unless there is nothing to add."""
+        missing = -self.packed.shape[0] % TILE_ROWS
         if not missing:
             return self
         grow = (0, 0, 0, missing)
-        return Nf4Weight(functional.pad(self.packed, grow), functional.pad(self.absmax, grow))
+        return Nf4Weight(functional.pad(self.packed, grow), functional.pad(self.absmax, grow), padding=missing)
 
 
 def _check_tiles(rows: int) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from peftserve_kernels.cpu import nf4_linear as cpu
 from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, backend_for, select, triton_op
-from peftserve_kernels.nf4 import TILE_ROWS, Nf4Weight, dequantize_nf4
+from peftserve_kernels.nf4 import Nf4Weight, dequantize_nf4
 
 # Weights dequantised at a time: 1 MiB in float32. They stay in a core's cache between the look-up and the product, and
 # the allocator serves such blocks without going back to the operating system (its page faults cost ten times the work).
@@ -39,12 +39,10 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
 
 def prepare_nf4(weight: Nf4Weight) -> Nf4Weight:
     """`weight` in the layout that `nf4_linear` reads fastest on its device. Call it once, at load."""
-    if weight.shape[0] % TILE_ROWS:
-        return weight
     backend = backend_for(weight.packed.device)
     if backend is Backend.TRITON:
-        return weight.blocked()
-    return weight.tiled() if backend is Backend.CPU and Backend.CPU in _IMPLEMENTATIONS else weight
+        return weight.padded().blocked()
+    return weight.padded().tiled() if backend is Backend.CPU and Backend.CPU in _IMPLEMENTATIONS else weight
 
 
 def nf4_linear_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:

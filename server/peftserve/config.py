@@ -7,7 +7,7 @@ component sees its own settings only. `settings.py` reads them; nothing changes 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import ErrorDetails
 
 from peftserve.errors import ConfigurationError
@@ -29,6 +29,17 @@ def parse_bytes(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def _open_or_at_least(least: int) -> AfterValidator:
+    def check(value: int) -> int:
+        if value and value < least:
+            raise ValueError(f"must be at least {least}, or 0 to leave it open")
+        return value
+
+    return AfterValidator(check)
+
+
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -64,12 +75,19 @@ class EngineConfig(_Frozen):
     max_batch_tokens: int = Field(512, ge=1, le=1 << 17, description="Token budget of one step, decode first")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Sequences running at once")
     page_size: int = Field(16, ge=1, le=256, description="Tokens per KV page")
-    kv_cache_bytes: Bytes = Field(256 * 2**20, ge=2**16, description="KV cache, prefix adapters included")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory that sizes left open are measured to"
+    )
+    kv_cache_bytes: Annotated[Bytes, _open_or_at_least(2**16)] = Field(
+        0, description="KV cache, prefix adapters included; 0 takes 256 MiB on the CPU, what is left on a GPU"
+    )
     prefix_caching: bool = Field(
         True, description="Reuse the KV pages of equal prompt beginnings (same tenant, same adapter)"
     )
-    adapter_device_bytes: Bytes = Field(
-        64 * 2**20, ge=2**12, description="Device memory for LoRA and bottleneck weights"
+    adapter_device_bytes: Annotated[Bytes, _open_or_at_least(2**12)] = Field(
+        0,
+        description="Device memory for LoRA and bottleneck weights; 0 takes 64 MiB on the CPU, a sixteenth of what is "
+        "left on a GPU",
     )
     adapter_host_bytes: Bytes = Field(512 * 2**20, ge=2**12, description="Host memory for parsed adapters")
     max_device_adapters: int = Field(128, ge=1, le=8192, description="Adapters of one kind on the device at once")

@@ -39,6 +39,16 @@ def test_every_field_can_come_from_every_source(tmp_path: Path) -> None:
             assert from_flag == from_variable == built, name
 
 
+def test_sizes_may_be_left_open_but_not_tiny() -> None:
+    assert settings.load({"kv_cache_bytes": "0"}, {}).engine.kv_cache_bytes == 0
+    with pytest.raises(
+        ConfigurationError, match="kv_cache_bytes: must be at least 65536, or 0 to leave it open"
+    ) as caught:
+        settings.load({"kv_cache_bytes": "1K", "adapter_device_bytes": "4095", "gpu_memory_utilization": "1.5"}, {})
+    assert "adapter_device_bytes: must be at least 4096" in caught.value.message
+    assert "gpu_memory_utilization: Input should be less than or equal to 1" in caught.value.message
+
+
 def test_lists_and_mappings(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one=a\ntwo=b\n")

@@ -134,7 +134,7 @@ def test_a_row_scale_makes_a_dora() -> None:
     bank = make_bank([[8, 3, 0]])
     base, m = torch.randn(sum(OUTS), IN), torch.rand(OUTS[0]) + 0.5
     updated = base + bank.merged(0, 1)
-    arena = torch.cat([bank.weights.arena, m / updated[: OUTS[0]].norm(dim=1)])
+    arena = torch.cat([bank.weights.arena, m / updated[: OUTS[0]].norm(dim=1) - 1])
     weights = replace(bank.weights, arena=arena)
     weights.row_scale[0, 1, 0] = len(bank.weights.arena)
     updated[: OUTS[0]] *= (m / updated[: OUTS[0]].norm(dim=1))[:, None]
@@ -143,6 +143,16 @@ def test_a_row_scale_makes_a_dora() -> None:
     oracle = torch.cat([y[:2], x[2:] @ updated.t()])
     lora_add(y, x, Segments.build([2, 7], [0]), weights, 1, SLICES)
     assert_close(y, oracle, rtol=1e-4, atol=1e-3)
+
+
+def test_a_row_scale_near_one_survives_16_bits() -> None:
+    """g itself would be rounded to 1 in bfloat16."""
+    bank = make_bank([[1, 1, 1]], torch.bfloat16)
+    weights = replace(bank.weights, arena=torch.cat([bank.weights.arena, torch.full((OUTS[0],), 1e-3).bfloat16()]))
+    x, y = torch.zeros(1, IN), torch.ones(1, sum(OUTS))
+    weights.row_scale[0, 0, 0] = len(bank.weights.arena)
+    lora_add(y, x, Segments.build([0, 1], [0]), weights, 0, SLICES[:1])
+    assert_close(y[:, : OUTS[0]], torch.full((1, OUTS[0]), 1.001), rtol=1e-5, atol=0.0)
 
 
 def test_only_the_given_slices_and_segments_are_written(bank: Bank) -> None:

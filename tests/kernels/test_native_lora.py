@@ -62,7 +62,7 @@ def make_weights(
                 if rank and slot in row_scaled:
                     offset = free.pop()
                     weights.row_scale[at] = offset
-                    weights.arena[offset : offset + features[1]] = (torch.rand(features[1]) + 0.5).to(dtype)
+                    weights.arena[offset : offset + features[1]] = (torch.rand(features[1]) - 0.5).to(dtype)
     return weights
 
 
@@ -141,7 +141,7 @@ def test_a_row_scale_of_one_is_none(dtype: torch.dtype) -> None:
     x, y = torch.randn(5, 40).to(dtype), torch.randn(5, 41).to(dtype)
     plain = y.clone()
     lora_add(plain, x, segments, weights, 0, slices)
-    unit = replace(weights, arena=torch.cat([weights.arena, torch.ones(33, dtype=dtype)]))
+    unit = replace(weights, arena=torch.cat([weights.arena, torch.zeros(33, dtype=dtype)]))
     unit.row_scale.fill_(len(weights.arena))
     lora_add(y, x, segments, unit, 0, slices)
     assert same_bits(y, plain)

@@ -80,10 +80,26 @@ def test_faults_of_tiles() -> None:
     weight, _ = quantize(torch.randn(24, 64))
     with pytest.raises(ValueError, match="multiple of 16, got 24"):
         weight.tiled()
-    padded = weight.padded().tiled()
-    assert padded.shape == (32, 64)
-    assert not dequantize_nf4(padded)[24:].any()
+    tiled = quantize(torch.randn(32, 64))[0].tiled()
     with pytest.raises(ValueError, match="starts at a multiple of 16, got 8"):
-        padded.rows(8, 24)
+        tiled.rows(8, 24)
     with pytest.raises(ValueError, match="same K and layout"):
-        Nf4Weight.cat([padded, weight])
+        Nf4Weight.cat([tiled, weight])
+
+
+@pytest.mark.parametrize("rows", [1, 24, 31])
+def test_padding_is_no_part_of_the_weight(rows: int) -> None:
+    weight, oracle = quantize(torch.randn(rows, 128))
+    padded = weight.padded()
+    assert padded.padding == -rows % 16
+    for stored in (padded, padded.tiled(), padded.blocked(), padded.tiled().blocked(), padded.blocked().tiled()):
+        assert stored.shape == weight.shape
+        assert stored.packed.shape[0] == rows + padded.padding
+        assert not stored.row_major().padding
+        assert torch.equal(dequantize_nf4(stored), oracle)
+        with pytest.raises(ValueError, match="has no views"):
+            stored.rows(0, 16)
+        with pytest.raises(ValueError, match="before they are padded"):
+            Nf4Weight.cat([stored, stored])
+    with pytest.raises(ValueError, match="padding: must be fewer rows than a tile's 16, got 16"):
+        Nf4Weight(padded.packed, padded.absmax, padding=16)

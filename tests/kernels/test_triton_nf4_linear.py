@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from peftserve_kernels import Nf4Layout, Nf4Weight, prepare_nf4
 from peftserve_kernels import nf4_linear as public_op
+from peftserve_kernels.capture import CaptureGuard
 from peftserve_kernels.dispatch import Backend, forced_backend
 from peftserve_kernels.gpu.launch import TARGETS, Launch, Target, recording
 from peftserve_kernels.gpu.nf4_linear import launch_config, nf4_linear, splits_of
@@ -123,8 +124,13 @@ def test_dispatch_and_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
         assert prepared.layout is Nf4Layout.BLOCKS
         x = torch.randn(4, 128)
         close(public_op(x, prepared), x, dense, None)
-        odd = quantize(torch.randn(20, 64))[0]
-        assert prepare_nf4(odd) is odd
+        odd, dense = quantize(torch.randn(20, 64))
+        prepared = prepare_nf4(odd)
+        assert (prepared.layout, prepared.shape, prepared.padding) == (Nf4Layout.BLOCKS, (20, 64), 12)
+        x, bias = torch.randn(3, 64), torch.randn(20)
+        close(public_op(x, prepared, bias), x, dense, bias)
+        with recording(TARGETS[0]), CaptureGuard(computes=False):
+            assert public_op(x, prepared, bias).shape == (3, 20)
     finally:
         monkeypatch.undo()
         forced_backend.cache_clear()

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftserve_kernels import AttentionBatch
+from peftserve_kernels.gpu.decode_splits import MOST_SPLITS, SPLIT, max_splits, workspace_bytes
 from peftserve_kernels.gpu.launch import TARGETS, Launch, Target, recording, watching
-from peftserve_kernels.gpu.paged_attention import SPLIT, attention_choice, max_splits, paged_attention
+from peftserve_kernels.gpu.paged_attention import attention_choice, paged_attention
 from peftserve_kernels.paged_attention import QUERY_TILE, paged_attention_reference
 from tests.kernels.interpreter import rows_alike
 from tests.kernels.test_paged_attention import DECODE, MIXED, PREFILL, SCALE, make
@@ -257,6 +258,42 @@ def test_launches(target: Target) -> None:
 def test_max_splits() -> None:
     assert [max_splits(positions, 0) for positions in (0, 1, SPLIT, SPLIT + 1)] == [1, 1, 1, 2]
     assert [max_splits(9 * SPLIT, window) for window in (1, 2, SPLIT + 1, SPLIT + 2)] == [1, 2, 2, 3]
+    assert max_splits(1 << 20, 0) == MOST_SPLITS
+    assert max_splits(1 << 20, 1 << 18) == MOST_SPLITS + 1
+
+
+def test_the_sums_of_splits_are_bounded() -> None:
+    target, cache = TARGETS[1], torch.empty(100, 8, 16, 128, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(64, 32, 128, dtype=torch.bfloat16, device="meta")
+    for blocks, window in ((16, None), (64, None), (8192, None), (65536, None), (65536, 4096)):
+        with recording(target) as launches:
+            paged_attention(q, cache, cache, AttentionBatch.for_decode(64, blocks, "meta"), 0.1, window)
+        sums = launches[0].arguments[4:7]
+        taken = sum(x.nbytes for x in sums)
+        assert taken == workspace_bytes(64, 32, 128, blocks * 16, window or 0)
+        assert taken <= 70 << 20
+    assert workspace_bytes(64, 32, 128, 1 << 20, 0) == workspace_bytes(64, 32, 128, 1 << 17, 0)
+
+
+@pytest.mark.parametrize(("window", "splits"), [(None, 2), (900, 3), (SPLIT + 1, 2)])
+def test_long_contexts_have_longer_splits_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, splits: int
+) -> None:
+    """A row's splits depend neither on longer rows beside it nor on the width of the tables."""
+    for module in ("decode_splits", "paged_attention"):
+        monkeypatch.setattr(f"peftserve_kernels.gpu.{module}.MOST_SPLITS", 2)
+    lengths = [(1, 3 * SPLIT), (1, 7 * SPLIT + 9), (1, 2 * SPLIT), (1, SPLIT), (1, 3)]
+    made = make(lengths, page_size=64, dtype=torch.float16)
+    q = torch.cat(made.q)
+    arguments = (q, made.k_cache, made.v_cache, made.batch(), SCALE, window)
+    with watching() as launches:
+        together = paged_attention(*arguments)
+    assert launches[0].arguments[4].shape[2] == splits
+    assert_near(together, paged_attention_reference(*arguments))
+    for row, (_, context) in enumerate(lengths):
+        batch = AttentionBatch.build([made.block_tables[row]], [0, 1], [context])
+        alone = paged_attention(made.q[row], made.k_cache, made.v_cache, batch, SCALE, window)
+        assert torch.equal(alone, together[row : row + 1])
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)

@@ -79,6 +79,14 @@ def _normalized(acc, total, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def
     return rounded(acc / tl.where(total == 0.0, 1.0, total)[:, None], DTYPE)
 
 
+@triton.jit
+def _span(context, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Positions a split: the least multiple of SPLIT of which MOST_SPLITS hold what the query sees."""
+    # The window's first position may lie anywhere in a split, which then is one more.
+    seen = tl.minimum(context, WINDOW - 1) if WINDOW else context
+    return tl.maximum(tl.cdiv(seen, SPLIT * MOST_SPLITS), 1) * SPLIT
+
+
 @triton.jit(do_not_specialize=["table_width", "num_splits"])
 def decode_attention_kernel(  # type: ignore[no-untyped-def]
     q,
@@ -102,6 +110,7 @@ def decode_attention_kernel(  # type: ignore[no-untyped-def]
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
     SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -121,8 +130,9 @@ def decode_attention_kernel(  # type: ignore[no-untyped-def]
     sequence = tl.load(decode + item).to(tl.int64)
     context = tl.load(context_len + sequence)
     first = tl.maximum(context - WINDOW, 0) if WINDOW else context * 0
-    first_split = first // SPLIT
-    end_split = (context + SPLIT - 1) // SPLIT
+    span = _span(context, WINDOW, SPLIT, MOST_SPLITS)
+    first_split = first // span
+    end_split = tl.cdiv(context, span)
     if ONE_SPLIT:
         end_split = first_split + 1  # an unused row has to write its zeros too
     elif first_split + tl.program_id(1) >= end_split:
@@ -141,8 +151,8 @@ def decode_attention_kernel(  # type: ignore[no-untyped-def]
             table,
             kv_head,
             query_position,
-            tl.maximum(split * SPLIT, first // BLOCK_KEYS * BLOCK_KEYS),
-            tl.minimum(split * SPLIT + SPLIT, context),
+            tl.maximum(split * span, first // BLOCK_KEYS * BLOCK_KEYS),
+            tl.minimum(split * span + span, context),
             first,
             context,
             tl.full((ROWS,), -float("inf"), tl.float32),
@@ -180,6 +190,7 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -190,7 +201,8 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def]
     sequence = tl.load(decode + item)
     context = tl.load(context_len + sequence)
     first = tl.maximum(context - WINDOW, 0) if WINDOW else context * 0
-    count = (context + SPLIT - 1) // SPLIT - first // SPLIT
+    span = _span(context, WINDOW, SPLIT, MOST_SPLITS)
+    count = tl.cdiv(context, span) - first // span
     partial = (item * NUM_HEADS + head) * num_splits
     top = tl.full((1,), -float("inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)

@@ -39,6 +39,8 @@ class Model(NamedTuple):
     vocab: int
     layers: int
     has_qk_norm: bool = False
+    window: int | None = None
+    only_attention: bool = False  # its other ops are like those of others
 
     @property
     def qkv(self) -> tuple[int, int, int]:
@@ -51,6 +53,10 @@ MODELS: Final = (
     Model("llama-3.1-8b", 4096, 14336, 32, 8, 128, 128256, 32),
     Model("qwen3-8b", 4096, 12288, 32, 8, 128, 151936, 36, has_qk_norm=True),
     Model("tiny-odd", 192, 320, 8, 2, 40, 259, 3, has_qk_norm=True),
+    Model("tiny-unaligned", 64, 128, 8, 1, 8, 31, 2, window=300),  # rows that no wide load reads
+    Model("llama-2-7b", 4096, 11008, 32, 32, 128, 32000, 32, only_attention=True),
+    Model("mistral-7b", 4096, 14336, 32, 8, 128, 32000, 32, window=4096, only_attention=True),
+    Model("wide-heads", 512, 1024, 4, 2, 256, 1024, 2, window=1000, only_attention=True),
 )
 
 ROWS: Final = (1, 8, 16, 32, 64, 256, 512, 2048)
@@ -122,6 +128,9 @@ def uses(target: Target, models: tuple[Model, ...], rows: tuple[int, ...], dtype
 def calls(model: Model, rows: int, dtype: torch.dtype) -> Iterator[Call]:
     """One call of each op and size that a step of `rows` tokens makes."""
     batch = _Batch(model, rows, dtype)
+    if model.only_attention:
+        yield batch.attention()
+        return
     yield from batch.linears()
     yield from batch.adapters()
     yield batch.attention()
@@ -229,7 +238,7 @@ class _Batch(NamedTuple):
             positions, pairs = rows, rows * (rows + 1) // 2
         cache = self.empty(_KV_PAGES, model.kv_heads, _PAGE_SIZE, model.head_dim)
         q = self.empty(rows, model.heads, model.head_dim)
-        run = partial(paged_attention, q, cache, cache, batch, model.head_dim**-0.5)
+        run = partial(paged_attention, q, cache, cache, batch, model.head_dim**-0.5, model.window)
         moved = (2 * positions * model.kv_heads + 2 * rows * model.heads) * model.head_dim * size
         name = "decode" if self.is_decode else "prefill"
         work = Work(moved, 4 * pairs * model.heads * model.head_dim)

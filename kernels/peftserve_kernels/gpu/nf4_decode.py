@@ -124,12 +124,15 @@ def decode_words_portably(words, DTYPE: tl.constexpr, TABLE: tl.constexpr):  # t
     nibbles = tl.permute(tl.reshape(nibbles, (words.shape[0], 8, 4, 2)), (0, 2, 1, 3))
     nibbles = tl.reshape(nibbles, (words.shape[0], 64))
     upper = nibbles & 8 != 0
+    # Not an early return: the compiler goes on behind one.
     if DTYPE.is_fp32():
-        return tl.where(upper, _one_of_eight(nibbles, TABLE[8:16]), _one_of_eight(nibbles, TABLE[0:8]))
-    odd = nibbles & 4 != 0
-    # Two conditions a weight: with the four of a tree of choices an AMD wave runs out of scalar registers.
-    four = tl.where(upper, tl.where(odd, TABLE[3], TABLE[2]), tl.where(odd, TABLE[1], TABLE[0]))
-    return (four >> ((nibbles & 3) * 16).to(tl.int64)).to(tl.int16).to(DTYPE, bitcast=True)
+        found = tl.where(upper, _one_of_eight(nibbles, TABLE[8:16]), _one_of_eight(nibbles, TABLE[0:8]))
+    else:
+        odd = nibbles & 4 != 0
+        # Two conditions a weight: with the four of a tree of choices an AMD wave runs out of scalar registers.
+        four = tl.where(upper, tl.where(odd, TABLE[3], TABLE[2]), tl.where(odd, TABLE[1], TABLE[0]))
+        found = (four >> ((nibbles & 3) * 16).to(tl.int64)).to(tl.int16).to(DTYPE, bitcast=True)
+    return found
 
 
 @triton.jit

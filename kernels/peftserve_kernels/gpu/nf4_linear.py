@@ -46,7 +46,7 @@ _UNLIMITED: Final = 1 << 62
 _AMPERE: Final = (
     Config(8, 8, 64, True, 4, 3),
     Config(16, 16, 64, True, 4, 3),
-    Config(32, 32, 64, True, 4, 3),
+    Config(32, 32, 64, False, 4, 3),  # W left spills where K is one range
     Config(64, 64, 128, True, 8, 3),
     Config(_UNLIMITED, 64, 128, True, 8, 3, splits_in_turn=True, most_unroll=2),
 )
@@ -123,7 +123,8 @@ def splits_of(target: Target, rows: int, columns: int) -> Splits:
 
 
 def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
-    """See `peftserve_kernels.nf4_linear`. `Nf4Layout.BLOCKS` is read as it is, any other layout is converted first.
+    """See `peftserve_kernels.nf4_linear`. `Nf4Layout.BLOCKS` is read as it is, any other layout is converted
+    first, at each call and in no captured step: `prepare_nf4` does it once.
 
     bf16 and fp16: products of x and the levels rounded to x's dtype, float32 sums and scales. float32: float32.
     """
@@ -155,7 +156,7 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
         sums,
         tokens,
         rows,
-        weight.shape[0],
+        weight.packed.shape[0],
         columns // NF4_BLOCK,
         x.stride(0),
         splits.blocks,

@@ -1,12 +1,13 @@
 """paged_attention in Triton: split-KV decode and tiles of prefill, with running softmaxes over blocks of positions.
 
-Decode: a program has up to 16 heads of one query that share a KV head, and goes over splits of `SPLIT` positions, each
-with a softmax of its own; a second launch merges the splits of a query in ascending order (Flash-Decoding). Prefill: a
+Decode: a program has up to 16 heads of one query that share a KV head, and goes over splits of its positions, each with
+a softmax of its own; a second launch merges the splits of a query in ascending order (Flash-Decoding). Prefill: a
 program has rows (query, head) of one tile of queries and one KV head, and goes over its positions once (Dao 2023,
 arXiv:2307.08691). The running softmax is Milakov and Gimelshein's (2018, arXiv:1805.02867).
 
-Splits and blocks are counted from position 0 of a sequence, so a row adds in the same order beside any other sequences
-and in any tile. A decode step and a prefill of the same query round differently.
+Splits (`decode_splits`) and blocks are counted from position 0 of a sequence, and a split's length depends on that
+sequence alone, so a row adds in the same order beside any other sequences and in any tile. A decode step and a prefill
+of the same query round differently.
 """
 
 import math
@@ -21,11 +22,9 @@ from peftserve_kernels.gpu.attention_kernels import (
     merge_splits_kernel,
     prefill_attention_kernel,
 )
+from peftserve_kernels.gpu.decode_splits import MOST_SPLITS, SPLIT, max_splits
 from peftserve_kernels.gpu.launch import Target, current_target, launch
 from peftserve_kernels.paged_attention import QUERY_TILE, AttentionBatch
-
-SPLIT: Final = 256
-"""Positions whose softmax a decode program takes at once. A row's bits depend on it, so it depends on nothing."""
 
 # Splits merged at a time.
 _MERGE_SPLITS: Final = 16
@@ -62,8 +61,8 @@ _CHOICES: Final = (
     _Entry("cuda", 0, 2, 128, AttentionChoice(16, 64, 4, 5), AttentionChoice(128, 32, 8, 5)),
     _Entry("cuda", 0, 2, 256, AttentionChoice(16, 32, 8, 5), AttentionChoice(64, 32, 8, 5)),
     _Entry("cuda", 0, 2, 512, AttentionChoice(16, 16, 8, 4), AttentionChoice(16, 16, 8, 4)),
-    _Entry("cuda", 0, 4, 128, AttentionChoice(16, 16, 4, 4), AttentionChoice(16, 16, 4, 4)),
-    _Entry("cuda", 0, 4, 256, AttentionChoice(16, 16, 8, 1), AttentionChoice(16, 16, 8, 1)),
+    _Entry("cuda", 0, 4, 128, AttentionChoice(16, 16, 8, 4), AttentionChoice(16, 16, 4, 4)),
+    _Entry("cuda", 0, 4, 256, AttentionChoice(16, 16, 8, 2), AttentionChoice(16, 16, 8, 1)),
     _Entry("hip", 0, 2, 128, AttentionChoice(16, 32, 4, 2), AttentionChoice(64, 32, 4, 2)),
     _Entry("hip", 0, 2, 512, AttentionChoice(16, 16, 4, 1), AttentionChoice(16, 16, 4, 1)),
     _Entry("hip", 0, 4, 256, AttentionChoice(16, 16, 4, 1), AttentionChoice(16, 16, 4, 1)),
@@ -177,6 +176,7 @@ def _decode(call: _Call, decode: Tensor, choice: AttentionChoice) -> None:
         num_splits,
         **call.constants(choice),
         SPLIT=SPLIT,
+        MOST_SPLITS=MOST_SPLITS,
         ONE_SPLIT=num_splits == 1,
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
@@ -197,16 +197,11 @@ def _decode(call: _Call, decode: Tensor, choice: AttentionChoice) -> None:
             HEAD_DIM=head_dim,
             WINDOW=call.window,
             SPLIT=SPLIT,
+            MOST_SPLITS=MOST_SPLITS,
             BLOCK_SPLITS=_MERGE_SPLITS,
             BLOCK_DIM=_padded(head_dim),
             num_warps=4,
         )
-
-
-def max_splits(positions: int, window: int) -> int:
-    """Splits that one query may see in a context of at most `positions`; at least one."""
-    splits = max(-(-positions // SPLIT), 1)
-    return min(splits, -(-(window - 1) // SPLIT) + 1) if window else splits
 
 
 def _prefill(call: _Call, prefill: Tensor, choice: AttentionChoice) -> None:

@@ -52,7 +52,8 @@ class AdapterMemory(Protocol):
         """Take a slot and arena room for a LoRA or bottleneck adapter, copying nothing; None when there is no room."""
 
     def copy(self, adapter: HostAdapter, placement: Placement) -> None:
-        """Fill a reserved placement (or the given KV pages). No step reads it until this has returned."""
+        """Fill a reserved placement (or the given KV pages). No step reads it until this has returned; the runner lets
+        steps wait for copies that then are still under way on the device."""
 
     def release(self, placement: Placement, kind: AdapterKind) -> None:
         """Give a placement's slot and room back. No step uses it any more."""

@@ -16,6 +16,7 @@ from peftserve.errors import ConfigurationError
 from peftserve.model.adapter_memory import DeviceAdapterMemory
 from peftserve.model.config_reader import read_spec
 from peftserve.model.kv import KvCache
+from peftserve.model.memory_plan import DeviceMemory, plan_memory
 from peftserve.model.runner import Runner
 from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import load_weights
@@ -33,16 +34,19 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
     set_threads(config.threads or available_cores())
     torch.set_num_threads(threads())
     spec = read_spec(checkpoint)
-    num_pages = config.kv_cache_bytes // spec.kv_page_bytes(config.page_size, dtype.itemsize)
-    max_model_len = _max_model_len(config, spec, num_pages, dtype.itemsize)
+    plan = plan_memory(config, spec, dtype.itemsize, _memory_of(device))
+    num_pages = plan.kv_cache_bytes // spec.kv_page_bytes(config.page_size, dtype.itemsize)
+    max_model_len = _max_model_len(config, plan.kv_cache_bytes, spec, num_pages, dtype.itemsize)
 
     weights = load_weights(checkpoint, spec, dtype, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left behind is counted on for the KV cache
     kv_memory = KvCache(spec, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
     memory = DeviceAdapterMemory(
         spec,
         kv_memory,
         root=adapters_root(config.data_dir),
-        arena_bytes=config.adapter_device_bytes,
+        arena_bytes=plan.adapter_device_bytes,
         num_slots=config.max_device_adapters,
         max_rank=config.max_adapter_rank,
     )
@@ -74,7 +78,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         num_kv_pages=num_pages,
         page_size=config.page_size,
         kv_cache_bytes=kv_memory.nbytes,
-        adapter_device_bytes=config.adapter_device_bytes,
+        adapter_device_bytes=plan.adapter_device_bytes,
         adapter_host_bytes=config.adapter_host_bytes,
         max_adapter_rank=config.max_adapter_rank,
     )
@@ -92,7 +96,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int, element_bytes: int) -> int:
+def _memory_of(device: torch.device) -> DeviceMemory | None:
+    if device.type == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total=total, free=free)
+
+
+def _max_model_len(
+    config: EngineConfig, kv_cache_bytes: int, spec: ModelSpec, num_pages: int, element_bytes: int
+) -> int:
     """The context limit in tokens; one sequence of it must fit the KV cache, or it could never be served."""
     # A prefix that does not end with a page costs a page more: its last one is copied for each request.
     holds = max(num_pages - 1, 0) * config.page_size
@@ -106,7 +119,7 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int, elemen
         page_bytes = spec.kv_page_bytes(config.page_size, element_bytes)
         needed = (max(-(-wanted // config.page_size), 1) + 1) * page_bytes
         raise ConfigurationError(
-            f"kv_cache_bytes: {config.kv_cache_bytes} holds {holds} tokens; a context of {wanted or 1} needs {needed}",
+            f"kv_cache_bytes: {kv_cache_bytes} holds {holds} tokens; a context of {wanted or 1} needs {needed}",
             field="kv_cache_bytes",
         )
     return wanted

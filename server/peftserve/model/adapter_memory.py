@@ -1,11 +1,11 @@
 """Adapters on the device: one arena for LoRA and bottleneck blocks, tables at stable addresses, prefixes as KV pages.
 
-Implements `engine.adapter_memory.AdapterMemory`. The step thread reserves and releases; loader threads load and copy.
-A slot's tables are cleared (rank 0: nothing to add) from release until the next copy has put its weights in place.
+Implements `engine.adapter_memory.AdapterMemory`. The step thread reserves and releases; loader threads load and copy,
+beside the steps that run (`uploads`). A slot's tables are cleared (rank 0: nothing to add) from release until the next
+copy has put its weights in place.
 """
 
 import heapq
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from peftserve.model.packing import (
     pack_prefix,
 )
 from peftserve.model.spec import TARGET_NAMES, ModelSpec
+from peftserve.model.uploads import Put, Uploads
 from peftserve.types import AdapterKind, AdapterRef
 from peftserve_kernels.bottleneck import BottleneckWeights
 from peftserve_kernels.lora import LoraWeights
@@ -76,9 +77,7 @@ class DeviceAdapterMemory:
         self._max_rank = max_rank
         self._arena = Arena(arena_bytes // kv.dtype.itemsize)
         self._slots = {AdapterKind.LORA: _Slots(num_slots), AdapterKind.BOTTLENECK: _Slots(num_slots)}
-        self._copy_stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._uploads = Uploads(self._device)
         arena = torch.empty(self._arena.capacity, dtype=self._dtype, device=self._device)
         lora = LoraWeights.empty(
             elements=0,
@@ -117,17 +116,15 @@ class DeviceAdapterMemory:
 
     @torch.inference_mode()
     def copy(self, adapter: HostAdapter, placement: Placement) -> None:
-        """Fill a reserved placement, or the given KV pages with the prefix's K and V. Returns when it is done."""
+        """Fill a reserved placement, or the given KV pages with the prefix's K and V; then it takes a `join`."""
         packed = adapter.weights
-        with self._on_copy_stream():
+        with self._uploads.upload() as put:
             if isinstance(packed, PackedPrefix):
-                self._copy_prefix(packed, placement.pages)
+                self._copy_prefix(put, packed, placement.pages)
             elif isinstance(packed, PackedWeights):
-                self._copy_weights(packed, adapter.kind, placement.slot)
+                self._copy_weights(put, packed, adapter.kind, placement.slot)
             else:
                 raise InternalError(f"adapter {adapter.ref.name} was not loaded by this memory")
-        if self._copy_stream:
-            self._copy_stream.synchronize()
 
     # -- step thread ---------------------------------------------------------------------------------------------
 
@@ -149,11 +146,16 @@ class DeviceAdapterMemory:
     @torch.inference_mode()
     def release(self, placement: Placement, kind: AdapterKind) -> None:
         """Clear the slot's tables, and give slot and room back."""
+        self.join()  # its copies may still be under way
         extents = self._slots[kind].give_back(placement.slot)
         for field in fields(self._weights(kind)):
             if field.name != "arena":
                 self._table(kind, field.name)[placement.slot] = _absent(field.name)
         self._arena.free(extents)
+
+    def join(self) -> None:
+        """What is computed from now on finds everything that `copy` has returned from."""
+        self._uploads.join()
 
     @property
     def device_bytes_used(self) -> int:
@@ -177,13 +179,13 @@ class DeviceAdapterMemory:
             return pack_bottleneck(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
         return pack_prefix(adapter, dtype=self._dtype, page_size=self._kv.page_size)
 
-    def _copy_weights(self, packed: PackedWeights, kind: AdapterKind, slot: int) -> None:
+    def _copy_weights(self, put: Put, packed: PackedWeights, kind: AdapterKind, slot: int) -> None:
         extents = self._slots[kind].extents(slot)
         data = self._table(kind, "arena")
         sources: list[int] = []
         position = 0
         for extent in extents:
-            data[extent.start : extent.end].copy_(packed.data[position : position + extent.size])
+            put(data[extent.start : extent.end], packed.data[position : position + extent.size])
             sources.append(position)
             position += extent.size
         # A block's arena offset is its own offset moved as far as the extent that it lies in.
@@ -191,14 +193,15 @@ class DeviceAdapterMemory:
         moves = torch.tensor([extent.start for extent in extents]) - borders
         for name, offsets in packed.offsets.items():
             placed = offsets + moves[torch.searchsorted(borders, offsets.clamp(min=0), right=True) - 1]
-            self._table(kind, name)[slot].copy_(torch.where(offsets < 0, _absent(name), placed))
+            put(self._table(kind, name)[slot], torch.where(offsets < 0, _absent(name), placed))
         for name, values in packed.values.items():
-            self._table(kind, name)[slot].copy_(values)
+            put(self._table(kind, name)[slot], values)
 
-    def _copy_prefix(self, packed: PackedPrefix, pages: tuple[int, ...]) -> None:
-        index = torch.tensor(pages, device=self._device)
-        self._kv.k[:, index] = packed.k.to(self._device)
-        self._kv.v[:, index] = packed.v.to(self._device)
+    def _copy_prefix(self, put: Put, packed: PackedPrefix, pages: tuple[int, ...]) -> None:
+        for cache, values in ((self._kv.k, packed.k), (self._kv.v, packed.v)):
+            for layer in range(len(values)):
+                for page, content in zip(pages, values[layer], strict=True):
+                    put(cache[layer, page], content)
 
     def _weights(self, kind: AdapterKind) -> LoraWeights | BottleneckWeights:
         return self.lora if kind is AdapterKind.LORA else self.bottleneck
@@ -206,13 +209,6 @@ class DeviceAdapterMemory:
     def _table(self, kind: AdapterKind, name: str) -> torch.Tensor:
         table: torch.Tensor = getattr(self._weights(kind), name)
         return table
-
-    def _on_copy_stream(self) -> AbstractContextManager[object]:
-        if self._copy_stream is None:
-            return nullcontext()
-        # The slot was zeroed, and its room last read, on the stream that computes.
-        self._copy_stream.wait_stream(torch.cuda.default_stream(self._device))
-        return torch.cuda.stream(self._copy_stream)
 
 
 def _absent(table: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from peftserve.engine.plan import StepPlan
+from peftserve.errors import InternalError
 from peftserve.model.batch import Batch
 from peftserve.model.decode_batch import DecodeBatch
 from peftserve_kernels.cpu.extension import HAS_NATIVE
@@ -117,7 +118,8 @@ class CudaGraphs:
         self._model = model
         self._inputs = inputs
         self._sizes = graph_sizes(inputs.max_rows)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._logits: torch.Tensor | None = None  # of all graphs, for each with its own would keep hundreds of MB
         pool = torch.cuda.graph_pool_handle()
         inputs.load(StepPlan(0, ()), inputs.max_rows)
         # The largest first: the others then find its memory in the pool.
@@ -133,22 +135,23 @@ class CudaGraphs:
         self._inputs.load(plan, size or rows)
         if size is None:
             return self._model.step(self._inputs.view(rows, lora=adapters, bottleneck=adapters))
-        graph, logits = self._graphs[size, adapters]
-        graph.replay()
-        return logits[:rows]
+        self._graphs[size, adapters].replay()
+        if self._logits is None:
+            raise InternalError("no decode step has been captured")
+        return self._logits[:rows]
 
-    def _capture(
-        self, size: int, adapters: bool, pool: Any, device: torch.device
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, size: int, adapters: bool, pool: Any, device: torch.device) -> torch.cuda.CUDAGraph:
         batch = self._inputs.view(size, lora=adapters, bottleneck=adapters)
         # Compiles the kernels and fills the libraries' workspaces, which must not happen inside the capture.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._model.step(batch)
+            logits = self._model.step(batch)
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._model.step(batch)
-        return graph, logits
+            self._logits[:size].copy_(self._model.step(batch))
+        return graph

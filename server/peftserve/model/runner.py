@@ -34,6 +34,7 @@ class Runner:
         max_rows: int,
     ) -> None:
         self._kv = kv
+        self._adapters = adapters
         self._device = weights.embedding.device
         self._decoder = Decoder(
             weights,
@@ -60,6 +61,7 @@ class Runner:
         """
         if not plan.rows:
             raise InternalError(f"step {plan.step} has no rows")
+        self._adapters.join()
         for copy in plan.page_copies:
             copy_pages(self._kv.layers, copy.src, copy.dst, copy.num_tokens)
         sampling = [(row.request_id, row.sample) for row in plan.rows if row.sample is not None]
