@@ -108,13 +108,19 @@ async def _services(config: Config) -> AsyncIterator["RunningServices"]:
             limits=config.limits,
             max_rank=config.engine.max_adapter_rank,
             reserved_names={model_name},
-            pin_quota=PinQuota.of(config.engine, spec),
         )
     )
     restoring: set[asyncio.Task[None]] = set()
 
     def on_ready(info: EngineInfo) -> None:
         metrics.engine_started()
+        quota = PinQuota.of(
+            config.engine,
+            adapter_device_bytes=info.adapter_device_bytes,
+            kv_pages=info.num_kv_pages,
+            element_bytes=4 if info.dtype == "float32" else 2,
+        )
+        store.limit_pins(quota)
         task = asyncio.get_running_loop().create_task(adapters.restore_pinned())
         restoring.add(task)
         task.add_done_callback(restoring.discard)

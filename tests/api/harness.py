@@ -177,7 +177,14 @@ def make_world(root: Path, tokenizer: Tokenizer, script: Script, **settings: Any
         limits=config.limits,
         max_rank=16,
         reserved_names={MODEL},
-        pin_quota=PinQuota.of(config.engine, SPEC),
+    )
+    store.limit_pins(
+        PinQuota.of(
+            config.engine,
+            adapter_device_bytes=config.engine.adapter_device_bytes or 1 << 20,
+            kv_pages=config.engine.kv_cache_bytes // SPEC.kv_page_bytes(16, 2) or 64,
+            element_bytes=2,
+        )
     )
     adapters = AdapterService(store=store, engine=engine, metrics=metrics, model_name=MODEL)
     services = Services(

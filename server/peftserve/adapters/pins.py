@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from peftserve.adapters.manifest import AdapterRecord
 from peftserve.config import EngineConfig
 from peftserve.errors import ConflictError
-from peftserve.model.spec import ModelSpec
 from peftserve.types import AdapterKind
 
 
@@ -29,14 +28,13 @@ class PinQuota:
     page_size: int
 
     @classmethod
-    def of(cls, config: EngineConfig, spec: ModelSpec) -> "PinQuota":
-        """The quota that `max_pinned_share` of what the engine will have comes to."""
-        share, element_bytes = config.max_pinned_share, 4 if config.dtype == "float32" else 2
-        pages = config.kv_cache_bytes // spec.kv_page_bytes(config.page_size, element_bytes)
+    def of(cls, config: EngineConfig, *, adapter_device_bytes: int, kv_pages: int, element_bytes: int) -> "PinQuota":
+        """The quota that `max_pinned_share` of what the engine has comes to; `config` may leave the sizes open."""
+        share = config.max_pinned_share
         return cls(
             share=share,
-            weight_bytes=math.floor(share * config.adapter_device_bytes),
-            prefix_pages=math.floor(share * pages),
+            weight_bytes=math.floor(share * adapter_device_bytes),
+            prefix_pages=math.floor(share * kv_pages),
             slots=math.floor(share * config.max_device_adapters),
             element_bytes=element_bytes,
             page_size=config.page_size,

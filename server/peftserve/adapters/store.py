@@ -40,14 +40,13 @@ class AdapterStore:
         reserved_names: Collection[str] = (),
         index_url: str | None = None,
         keep_versions: int = KEEP_VERSIONS,
-        pin_quota: PinQuota | None = None,
     ) -> None:
         """Open the store under `root` (see `blobs.adapters_root`), creating it if need be, and clean up after a crash.
 
         `spec` is the base that uploads are validated against, `max_rank` bounds LoRA ranks and bottleneck widths,
         `reserved_names` may not be given to adapters. `index_url` is an SQLAlchemy URL; the default is a SQLite file
-        under `root`. The newest `keep_versions` of each name can be asked for by digest. `pin_quota` bounds what pinned
-        adapters may hold; None does not. Raises `ConfigurationError` if `root` or the index cannot be used.
+        under `root`. The newest `keep_versions` of each name can be asked for by digest. Raises
+        `ConfigurationError` if `root` or the index cannot be used.
         """
         self.root = root
         self._spec = spec
@@ -55,7 +54,7 @@ class AdapterStore:
         self._max_rank = max_rank
         self._reserved = frozenset(reserved_names)
         self._keep_versions = keep_versions
-        self._pin_quota = pin_quota
+        self._pin_quota: PinQuota | None = None
         try:
             for folder in (root / "blobs", blobs.staging_dir(root)):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -64,6 +63,10 @@ class AdapterStore:
         self._lock = root / "lock"
         self._index = Index(index_url or f"sqlite:///{root / 'index.sqlite3'}")
         self._sweep()
+
+    def limit_pins(self, quota: PinQuota) -> None:
+        """Bound what adapters that are pinned from now on may hold, all pinned ones together; at first nothing does."""
+        self._pin_quota = quota
 
     def close(self) -> None:
         """Close the index; the store must not be used any more."""
