@@ -11,7 +11,7 @@ from torch import Tensor
 
 from machine import dense_dtype, last_level_cache_bytes
 from measure import Call, rotating
-from peftserve_kernels import NF4_BLOCK, Nf4Weight, nf4_linear
+from peftserve_kernels import NF4_BLOCK, Nf4Weight, nf4_linear, prepare_nf4
 from peftserve_kernels.nf4_linear import nf4_linear_reference
 
 # bitsandbytes warns at import that a kernel of another package is absent; its own is what a plain install runs.
@@ -62,7 +62,9 @@ class Layer:
         weight = _flatten(layer)
         dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dense_dtype())
         count = copies_for(weight.nbytes, quick=quick)
-        self.nf4 = [Nf4Weight(weight.packed.clone(), weight.absmax.clone()) for _ in range(count)]
+        copies = [Nf4Weight(weight.packed.clone(), weight.absmax.clone()) for _ in range(count)]
+        self.nf4 = [prepare_nf4(each) for each in copies]  # as the engine does at load
+        self.nf4_rows = copies
         # Linear4bit has two ways on the CPU. In evaluation mode on AVX512_BF16 its first call repacks the weight for a
         # kernel of its own; everywhere else it dequantises the whole weight in every call.
         self.packed4bit = [copy.deepcopy(layer) for _ in range(count)]
@@ -78,7 +80,7 @@ class Layer:
         rival_x = x.to(dense_dtype())
         variants: dict[str, Call] = {
             "ours": rotating(self.nf4, lambda weight: nf4_linear(x, weight)),
-            "reference": rotating(self.nf4, lambda weight: nf4_linear_reference(x, weight)),
+            "reference": rotating(self.nf4_rows, lambda weight: nf4_linear_reference(x, weight)),
             "bnb": rotating(self.packed4bit, lambda layer: layer(rival_x)),
             "bnb_unpacked": rotating(self.unpacked4bit, lambda layer: layer(rival_x)),
             "dense": rotating(self.dense_t, lambda weight: torch.mm(rival_x, weight)),
