@@ -180,7 +180,10 @@ def test_preemption_changes_no_bit(fleet: Fleet) -> None:
     page_bytes = read_spec(fleet.checkpoint).kv_page_bytes(4, 2)
     core = fleet.core(kv_cache_bytes=44 * page_bytes, prefix_caching=False)
     requests = [request for request in fleet.requests if request.adapter is None or request.adapter.kind != "prefix"]
-    answers = fleet.run(core, requests)
-    assert core.scheduler.preemptions > 0
-    assert answers == {request.id: fleet.alone[request.id] for request in requests}
+    for _ in range(2):
+        before = core.scheduler.preemptions
+        answers = fleet.run(core, requests)
+        assert answers == {request.id: fleet.alone[request.id] for request in requests}
+    # The first time requests may trickle in as their adapters are loaded; the second time all compete for pages.
+    assert core.scheduler.preemptions > before
     core.adapters.close()
