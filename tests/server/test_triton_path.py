@@ -27,6 +27,7 @@ def triton_server(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         max_batch_tokens=48,
         kv_cache_bytes="4MiB",
         adapter_device_bytes="4MiB",
+        drain_s=1,  # when the test has failed, nobody waits for interpreted steps of what it left running
     ) as process:
         yield process
 
