@@ -17,6 +17,7 @@ Timer = Callable[[Call, int], float]
 Rounds = Mapping[str, Sequence[float]]
 """One value a round, by variant."""
 
+# Longer than OpenMP's threads spin for more work.
 _QUIET_S = 0.02
 
 

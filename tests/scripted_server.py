@@ -6,7 +6,7 @@ every answer beforehand, and can make the engine wait, fail or forget it was ask
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import msgspec
 import uvicorn
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
+from typing_extensions import override
 
 from peftserve import config
 from peftserve.adapters.store import AdapterStore
@@ -31,6 +32,7 @@ from peftserve.metrics import Metrics
 from peftserve.text.tokenizer import Tokenizer
 from peftserve.types import AdapterRef, EngineRequest, FinishReason, TokenEvent, TokenLogprobs
 from tests.adapters.files import SPEC
+from tests.played_engine import PlayedEngine
 
 MODEL = "tiny"
 MAX_LEN = 512
@@ -38,7 +40,7 @@ _CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% e
 
 
 @dataclass
-class ScriptedEngine:
+class ScriptedEngine(PlayedEngine):
     """`delay_s` passes before each event of `per_event` equal tokens. After `fail_after` of them comes `error`."""
 
     delay_s: float = 0.0
@@ -48,9 +50,6 @@ class ScriptedEngine:
     state: EngineState = EngineState.READY
     stats: EngineStats = field(default_factory=EngineStats)
     residency: dict[str, AdapterResidency] = field(default_factory=dict)
-    requests: list[EngineRequest] = field(default_factory=list)
-    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    aborted: list[str] = field(default_factory=list)
 
     @property
     def info(self) -> EngineInfo:
@@ -68,24 +67,8 @@ class ScriptedEngine:
             max_adapter_rank=16,
         )
 
-    def submit(self, request: EngineRequest, take: Callable[[TokenEvent], None]) -> None:
-        async def play() -> None:
-            async for event in self._events(request):
-                if event.finish_reason is not None:
-                    del self.running[request.id]
-                take(event)
-                if event.finish_reason is not None:
-                    return
-
-        self.requests.append(request)
-        self.running[request.id] = asyncio.create_task(play())
-
-    def abort(self, request_id: str) -> None:
-        if (task := self.running.pop(request_id, None)) is not None:
-            self.aborted.append(request_id)
-            task.cancel()
-
-    async def _events(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+    @override
+    async def play(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
         for count in range(request.sampling.max_tokens):
             await asyncio.sleep(self.delay_s)
             if count == self.fail_after and self.error is not None:

@@ -78,15 +78,12 @@ struct Step {
   static void pack(const float (&x)[kColumns], float* packed) { std::memcpy(packed, x, sizeof x); }
 };
 #if defined(PEFTSERVE_SIMD_AVX2)
-// Two bf16 in a word: the even columns moved up, the odd ones masked. Half the work of widening each by itself.
 template <>
 struct Step<Bf16> {
   static constexpr int kVectors = 2;
-  static constexpr int kColumns = 2 * kLanes;
+  static constexpr int kColumns = kPair;
   static void read(const Bf16* p, Vec (&weights)[kVectors]) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    weights[0] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-    weights[1] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    Pairs<Bf16>::split(Pairs<Bf16>::load(p), weights[0], weights[1]);
   }
   static void pack(const float (&x)[kColumns], float* packed) {
     for (int i = 0; i < kColumns; ++i) packed[i % 2 * kLanes + i / 2] = x[i];

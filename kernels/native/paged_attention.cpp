@@ -85,7 +85,7 @@ class Attention {
         units_(args.head_dim / Dot::kColumns),
         unit_stride_((units_ + kLanes - 1) / kLanes * kLanes),
         sum_stride_((args.head_dim + kLanes - 1) / kLanes * kLanes),
-        pairs_(kSplitsPairs ? args.head_dim / kPair : 0) {
+        pairs_(Pairs<T>::kSplit ? args.head_dim / kPair : 0) {
     for (int i = 0; i < kKeys; ++i) positions_[i] = static_cast<float>(i);
   }
 
@@ -212,8 +212,10 @@ class Attention {
     }
     for (int group = 0; group < kKeys; group += kLanes) {
       const bool seen = group + kLanes > read.first && group < read.end;
-      for (std::int64_t pair = 0; pair < pairs_; ++pair) {
-        transpose_pairs(keys + group, pair * kPair, seen, work.keys + pair * kPair * kKeys + group);
+      if constexpr (Pairs<T>::kSplit) {
+        for (std::int64_t pair = 0; pair < pairs_; ++pair) {
+          transpose_pairs(keys + group, pair * kPair, seen, work.keys + pair * kPair * kKeys + group);
+        }
       }
       for (std::int64_t unit = pairs_ * kPair; unit < units_; unit += kLanes) {
         Vec square[kLanes];
@@ -232,11 +234,11 @@ class Attention {
   // Sixteen columns of eight keys: transposed two columns at a time and split afterwards, half the shuffles.
   void transpose_pairs(const T* const* keys, std::int64_t column, bool seen, std::uint32_t* to) const {
     Vec square[kLanes];
-    for (int i = 0; i < kLanes; ++i) square[i] = keys[i] == nullptr ? zero() : load_words_of(keys[i] + column);
+    for (int i = 0; i < kLanes; ++i) square[i] = keys[i] == nullptr ? zero() : Pairs<T>::load(keys[i] + column);
     if (seen) transpose(square);
     for (int i = 0; i < kLanes; ++i) {
       Vec even, odd;
-      split_pairs(square[i], even, odd);
+      Pairs<T>::split(square[i], even, odd);
       store(reinterpret_cast<float*>(to) + 2 * i * kKeys, even);
       store(reinterpret_cast<float*>(to) + (2 * i + 1) * kKeys, odd);
     }
@@ -342,7 +344,7 @@ class Attention {
       }
     };
     wide(Index<pass(kRows)>{});
-    if constexpr (kSplitsPairs && pass(kRows) > 2) wide(Index<2>{});
+    if constexpr (Pairs<T>::kSplit && pass(kRows) > 2) wide(Index<2>{});
     for (; column < args_.head_dim; column += kLanes) {
       add_columns<kRows, 1>(weights, range, values, column, lanes_of(args_.head_dim - column), sums + column);
     }
@@ -366,10 +368,10 @@ class Attention {
         });
       };
       const T* from = values[j] + column;
-      if constexpr (kSplitsPairs && kCount > 1) {
+      if constexpr (Pairs<T>::kSplit && kCount > 1) {
         unroll<kCount / 2>([&](auto pair) __attribute__((always_inline)) {
           Vec even, odd;
-          split_pairs(load_words_of(from + pair.value * kPair), even, odd);
+          Pairs<T>::split(Pairs<T>::load(from + pair.value * kPair), even, odd);
           add_vector(Index<2 * pair.value>{}, even);
           add_vector(Index<2 * pair.value + 1>{}, odd);
         });
@@ -393,39 +395,19 @@ class Attention {
       const float* sums = work.sums + row * sum_stride_;
       Out* to = out + offset(task, row);
       const std::int64_t joined = pairs_ * kPair;
-      for (std::int64_t at = 0; at < joined; at += kPair) {
-        Vec low = div(load(sums + at), total), high = div(load(sums + at + kLanes), total);
-        join_pairs(low, high);
-        store(to + at, low);
-        store(to + at + kLanes, high);
+      if constexpr (Pairs<T>::kSplit) {
+        for (std::int64_t at = 0; at < joined; at += kPair) {
+          Vec low = div(load(sums + at), total), high = div(load(sums + at + kLanes), total);
+          Pairs<T>::join(low, high);
+          store(to + at, low);
+          store(to + at + kLanes, high);
+        }
       }
       for_vectors(args_.head_dim - joined, [&](std::int64_t at, int count) __attribute__((always_inline)) {
         store_part(to + joined + at, count, div(load(sums + joined + at), total));
       });
     }
   }
-
-  // Two bf16 in a word, widened by a shift and a mask: half the work of widening one by one. The sums of sixteen columns
-  // then lie as eight even and eight odd ones until the end.
-#if defined(PEFTSERVE_SIMD_AVX2)
-  static constexpr bool kSplitsPairs = kIsBf16<T>;
-  static Vec load_words_of(const T* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
-  static void split_pairs(Vec pairs, Vec& even, Vec& odd) {
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
-    odd = _mm256_and_ps(pairs, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-  }
-  static void join_pairs(Vec& even, Vec& odd) {
-    const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
-    even = _mm256_permute2f128_ps(low, high, 0x20);
-    odd = _mm256_permute2f128_ps(low, high, 0x31);
-  }
-#else
-  static constexpr bool kSplitsPairs = false;
-  static Vec load_words_of(const T*) { return zero(); }
-  static void split_pairs(Vec, Vec&, Vec&) {}
-  static void join_pairs(Vec&, Vec&) {}
-#endif
-  static constexpr std::int64_t kPair = 2 * kLanes;  // columns of two vectors
 
   const PagedAttention& args_;
   const T* k_;
@@ -434,7 +416,9 @@ class Attention {
   std::int64_t units_;        // 32-bit operands a head
   std::int64_t unit_stride_;  // room for them, in whole vectors
   std::int64_t sum_stride_;
-  std::int64_t pairs_;  // of vectors, in a head, that are split
+  // Pairs of vectors in a head whose elements are widened two in a word. Until the end the sums of such a pair lie as its
+  // even and its odd columns.
+  std::int64_t pairs_;
   alignas(64) float positions_[kKeys];  // 0, 1, 2, ...
 };
 

@@ -12,4 +12,21 @@ inline void widen_row(const T* from, std::int64_t size, float* to) {
   });
 }
 
+// Whether, and how, elements of a type are widened two in a word: `load` takes the words of two vectors of columns,
+// `split` makes them the even and the odd columns, `join` puts those back in order.
+template <class T>
+struct Pairs {
+  static constexpr bool kSplit = false;
+};
+#if defined(PEFTSERVE_SIMD_AVX2)
+template <>
+struct Pairs<Bf16> {
+  static constexpr bool kSplit = true;
+  static Vec load(const Bf16* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+  static void split(Vec pairs, Vec& even, Vec& odd) { split_pairs(pairs, even, odd); }
+  static void join(Vec& even, Vec& odd) { join_pairs(even, odd); }
+};
+#endif
+constexpr int kPair = 2 * kLanes;  // columns of two vectors
+
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -22,9 +22,8 @@ class LoraWeights:
     [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
     (rows [8, out]), multiples of 8; P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. row_scale: int64
     [slots, layers, targets], the element offset of DoRA's row scale less one [out], a multiple of 8, or -1 for none: g
-    is near 1, and g - 1 keeps in 16 bits what g would lose. Rank 0: the
-    adapter does not touch that module, and none of its other entries is read. The tables are filled and cleared in
-    place as adapters come and go.
+    is near 1, and g - 1 keeps in 16 bits what g would lose. Rank 0: the adapter does not touch that module, and none of
+    its other entries is read. The tables are filled and cleared in place as adapters come and go.
     Raises ValueError for shapes that do not agree.
     """
 

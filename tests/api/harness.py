@@ -13,6 +13,7 @@ import msgspec
 import safetensors.numpy
 import uvicorn
 from starlette.types import ASGIApp
+from typing_extensions import override
 
 from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.store import AdapterStore
@@ -30,6 +31,7 @@ from peftserve.metrics import Metrics
 from peftserve.text.tokenizer import Tokenizer
 from peftserve.types import AdapterRef, EngineRequest, FinishReason, TokenEvent, TokenLogprobs
 from tests.adapters import files
+from tests.played_engine import PlayedEngine
 
 MODEL = "tiny-base"
 SPEC = msgspec.structs.replace(files.SPEC, vocab_size=320)
@@ -55,8 +57,8 @@ def info() -> EngineInfo:
 
 
 @dataclass
-class ScriptedEngine:
-    """Plays `script` for every request. `requests` were started, `aborted` ended by their consumer before the end."""
+class ScriptedEngine(PlayedEngine):
+    """Plays `script` for every request."""
 
     script: Script
     state: EngineState = EngineState.READY
@@ -64,29 +66,12 @@ class ScriptedEngine:
     stats: EngineStats = field(default_factory=EngineStats)
     residency: dict[str, AdapterResidency] = field(default_factory=dict)
     restarts: int = 0
-    requests: list[EngineRequest] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)
     prefetched: list[tuple[str, bool]] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
 
-    playing: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-
-    def submit(self, request: EngineRequest, take: Callable[[TokenEvent], None]) -> None:
-        async def play() -> None:
-            async for event in self.script(request):
-                if event.finish_reason is not None:
-                    del self.playing[request.id]
-                take(event)
-                if event.finish_reason is not None:
-                    return
-
-        self.requests.append(request)
-        self.playing[request.id] = asyncio.create_task(play())
-
-    def abort(self, request_id: str) -> None:
-        if (task := self.playing.pop(request_id, None)) is not None:
-            self.aborted.append(request_id)
-            task.cancel()
+    @override
+    def play(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        return self.script(request)
 
     def prefetch(self, adapter: AdapterRef, *, pinned: bool = False) -> None:
         self.prefetched.append((adapter.digest, pinned))
@@ -182,7 +167,7 @@ def make_world(root: Path, tokenizer: Tokenizer, script: Script, **settings: Any
         PinQuota.of(
             config.engine,
             adapter_device_bytes=config.engine.adapter_device_bytes or 1 << 20,
-            kv_pages=config.engine.kv_cache_bytes // SPEC.kv_page_bytes(16, 2) or 64,
+            kv_pages=64,
             element_bytes=2,
         )
     )

@@ -6,7 +6,7 @@ be wrong. A blob is alive while a version points to it.
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -95,7 +95,7 @@ class Index:
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         try:
-            with self._engine.execution_options(peftserve_write=True).begin() as connection:
+            with self._transaction(write=True) as connection:
                 _metadata.create_all(connection)
                 version = connection.scalar(sa.select(_schema.c.version))
                 if version is None:
@@ -238,17 +238,16 @@ class Index:
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
-        with _available(), self._engine.connect() as connection, connection.begin():
+        with _available(), self._transaction(write=False) as connection:
             yield connection
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        with (
-            _available(),
-            self._engine.connect().execution_options(peftserve_write=True) as connection,
-            connection.begin(),
-        ):
+        with _available(), self._transaction(write=True) as connection:
             yield connection
+
+    def _transaction(self, *, write: bool) -> AbstractContextManager[sa.Connection]:
+        return self._engine.execution_options(peftserve_write=write).begin()
 
 
 @contextmanager

@@ -1,29 +1,27 @@
 """`peftserve.v1.Inference`: proto -> native body -> `GenerationService` -> proto."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
-import structlog
 from google.protobuf.message import Message
 from pydantic import ValidationError
 from typing_extensions import override
 
+from peftserve.api import stall
 from peftserve.api.generation import GenerationService
 from peftserve.api.grpc.calls import Call, Calls
 from peftserve.api.parse import invalid
 from peftserve.api.request import Delta, GenerateRequest, Summary, TokenText
 from peftserve.api.schemas import GenerateBody
+from peftserve.api.stall import StallWatch
 from peftserve.errors import RequestAbortedError
 from peftserve.metrics import Metrics
 from peftserve.types import FinishReason
 from peftserve_proto.v1 import inference_pb2 as pb
 from peftserve_proto.v1 import inference_pb2_grpc
-
-log = structlog.get_logger(__name__)
 
 _FINISH_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
@@ -59,8 +57,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _abort_if_stalled(self, writer: "_Writer", deltas: AsyncGenerator[Delta, None], call: Call) -> None:
         await writer.stalled()
-        self._metrics.stream_stalled("grpc")
-        log.warning("stream aborted: its client does not read", request_id=call.id, timeout_s=self._stall_timeout_s)
+        stall.tell(self._metrics, "grpc", call.id, self._stall_timeout_s)
         await deltas.aclose()
 
 
@@ -75,24 +72,22 @@ class _Writer:
         self, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse], timeout_s: float
     ) -> None:
         self._context = context
-        self._timeout_s = timeout_s
-        self._writing_since: float | None = None
+        self._writes = StallWatch(timeout_s)
         self._stalled = False
 
     async def write(self, response: pb.GenerateResponse) -> None:
         """Raises `RequestAbortedError` if this took so long that the request was given up."""
-        self._writing_since = time.monotonic()
+        self._writes.begin()
         await self._context.write(response)
-        self._writing_since = None
+        self._writes.end()
         if self._stalled:
-            raise RequestAbortedError(f"the client read nothing of its stream for {self._timeout_s:g} s")
+            raise RequestAbortedError(f"the client read nothing of its stream for {self._writes.timeout_s:g} s")
 
     async def stalled(self) -> None:
         """Returns when a write has waited for `timeout_s`."""
         while not self._stalled:
-            await asyncio.sleep(self._timeout_s / 4)
-            since = self._writing_since
-            self._stalled = since is not None and time.monotonic() - since >= self._timeout_s
+            await asyncio.sleep(self._writes.look_s)
+            self._stalled = self._writes.is_stalled
 
 
 def to_body(request: pb.GenerateRequest) -> GenerateBody:

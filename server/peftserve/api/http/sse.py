@@ -10,17 +10,16 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from peftserve.api import stall
 from peftserve.api.http.endpoint import request_id_of, services_of
 from peftserve.api.http.errors import error_body, opaque
 from peftserve.api.request import Delta
+from peftserve.api.stall import StallWatch
 from peftserve.errors import RequestAbortedError
-
-log = structlog.get_logger(__name__)
 
 PING_S = 15.0
 # An error within this time gets a status of its own; later than this, proxies want to see headers.
@@ -75,8 +74,7 @@ async def stream_deltas(
     timeout_s = services.config.limits.stream_stall_timeout_s
 
     def on_stall() -> None:
-        services.metrics.stream_stalled("http")
-        log.warning("stream aborted: its client does not read", request_id=request_id, timeout_s=timeout_s)
+        stall.tell(services.metrics, "http", request_id, timeout_s)
 
     events = _events(first, deltas, render, end, request_id)
     return EventStream(events, stall_timeout_s=timeout_s, on_stall=on_stall)
@@ -119,9 +117,8 @@ class EventStream(Response):
         self.status_code = 200
         self.background = None
         self._events = events
-        self._stall_timeout_s = stall_timeout_s
+        self._writes = StallWatch(stall_timeout_s)
         self._on_stall = on_stall
-        self._sending_since: float | None = None  # None between events
         self._sent_at: float | None = None  # None until the headers are out
         # Proxies must pass each event on as it comes.
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -142,33 +139,29 @@ class EventStream(Response):
                 raise error
 
     async def _send(self, send: Send) -> None:
-        self._sending_since = time.monotonic()
+        self._writes.begin()
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        self._sent_at, self._sending_since = self._sending_since, None
+        self._sent_at = self._writes.end()
         async for chunk in self._events:
-            self._sending_since = time.monotonic()
+            self._writes.begin()
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._sent_at, self._sending_since = self._sending_since, None
-        self._sending_since = time.monotonic()
+            self._sent_at = self._writes.end()
+        self._writes.begin()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _watch(self, send: Send) -> None:
         """Ends when the client has stalled. Until then, a comment now and then while nothing else comes, so that nobody
-        in between takes the line for dead.
-
-        A look at the clock now and then, not a timer for each event: those come by the thousands a second.
-        """
+        in between takes the line for dead."""
         while True:
-            await asyncio.sleep(min(PING_S, self._stall_timeout_s / 4))
+            await asyncio.sleep(min(PING_S, self._writes.look_s))
             now = time.monotonic()
-            if self._sending_since is not None:
-                if now - self._sending_since >= self._stall_timeout_s:
-                    self._on_stall()
-                    return
-            elif self._sent_at is not None and now - self._sent_at >= PING_S:
+            if self._writes.is_stalled:
+                self._on_stall()
+                return
+            if not self._writes.is_writing and self._sent_at is not None and now - self._sent_at >= PING_S:
                 self._sent_at = now
                 try:
-                    async with asyncio.timeout(self._stall_timeout_s):
+                    async with asyncio.timeout(self._writes.timeout_s):
                         await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
                 except TimeoutError:
                     self._on_stall()
