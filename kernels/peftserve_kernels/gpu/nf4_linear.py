@@ -71,7 +71,7 @@ _CDNA: Final = (
 )
 # No tensor cores: correct, not fast.
 _FLOAT32: Final = (
-    Config(16, 16, 32, True, 8, 1),
+    Config(16, 16, 32, True, 4, 1, most_unroll=1),
     Config(_UNLIMITED, 32, 32, True, 4, 1, splits_in_turn=True, most_unroll=1),
 )
 
