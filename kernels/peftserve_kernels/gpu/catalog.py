@@ -53,7 +53,7 @@ MODELS: Final = (
     Model("llama-3.1-8b", 4096, 14336, 32, 8, 128, 128256, 32),
     Model("qwen3-8b", 4096, 12288, 32, 8, 128, 151936, 36, has_qk_norm=True),
     Model("tiny-odd", 192, 320, 8, 2, 40, 259, 3, has_qk_norm=True),
-    Model("tiny-unaligned", 64, 128, 8, 1, 8, 31, 2),  # rows that no wide load reads
+    Model("tiny-unaligned", 64, 128, 8, 1, 8, 31, 2, window=300),  # rows that no wide load reads
     Model("llama-2-7b", 4096, 11008, 32, 32, 128, 32000, 32, only_attention=True),
     Model("mistral-7b", 4096, 14336, 32, 8, 128, 32000, 32, window=4096, only_attention=True),
     Model("wide-heads", 512, 1024, 4, 2, 256, 1024, 2, window=1000, only_attention=True),

@@ -63,6 +63,7 @@ _CHOICES: Final = (
     _Entry("cuda", 0, 2, 512, AttentionChoice(16, 16, 8, 4), AttentionChoice(16, 16, 8, 4)),
     _Entry("cuda", 0, 4, 128, AttentionChoice(16, 16, 8, 4), AttentionChoice(16, 16, 4, 4)),
     _Entry("cuda", 0, 4, 256, AttentionChoice(16, 16, 8, 2), AttentionChoice(16, 16, 8, 1)),
+    _Entry("hip", 0, 2, 32, AttentionChoice(16, 32, 4, 2), AttentionChoice(32, 32, 4, 1)),  # two stages spill
     _Entry("hip", 0, 2, 128, AttentionChoice(16, 32, 4, 2), AttentionChoice(32, 32, 4, 2)),
     _Entry("hip", 0, 2, 512, AttentionChoice(16, 16, 4, 1), AttentionChoice(16, 16, 4, 1)),
     _Entry("hip", 0, 4, 256, AttentionChoice(16, 16, 4, 1), AttentionChoice(16, 16, 4, 1)),
