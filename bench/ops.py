@@ -115,7 +115,7 @@ def _measure(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
         "flops": case.flops,
         "us": {name: statistics.median(values) * 1e6 for name, values in seconds.items()},
         "rounds_us": {name: [value * 1e6 for value in values] for name, values in seconds.items()},
-        "speedup_over": {name: median_ratio(seconds[name], ours) for name in RIVALS if name in seconds},
+        "speedup_over": {name: median_ratio(times, ours) for name, times in seconds.items() if name != "ours"},
         "of_read_bandwidth": median_ratio(read_s, ours),
         "of_gemm_flops": median_ratio(gemm_s, ours),
         "of_limit": median_ratio(least, ours),

@@ -47,6 +47,7 @@ struct FloatDot {
   using Weights = Vec;
   using Sum = Vec;
   using Levels = Table;
+  using Tiled = FloatDot;  // what multiplies decoded tiles, with the same bits
   static Vec broadcast(const std::uint32_t* unit) {
     float value;
     std::memcpy(&value, unit, sizeof value);
@@ -77,6 +78,7 @@ struct PairDot {
   using Weights = __m512i;
   using Sum = Vec;
   using Levels = PairTable;
+  using Tiled = PairDot;
   static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
   static Sum none() { return zero(); }
   static Vec dot(Vec sum, __m512i weights, __m512i x) { return dot_pairs(sum, weights, x); }
@@ -97,8 +99,9 @@ struct PairDot {
 // kLargestLevel. Both roundings are finer than bf16's: half a step is 2^-14 of the block's largest value, and 2^-13 of
 // the largest level. Sums of a block are exact in 32 bits: 64 * kLargest * kLargestLevel < 2^31.
 //
-// A step multiplies four columns, in pairs: the sums of output n lie in two lanes side by side, and rows of weights in
-// the order 0 1 4 5 | 2 3 6 7 of the eight that one vector of packed words holds (that is how bytes interleave).
+// A step multiplies four columns, in pairs: the sums of output n lie in two lanes side by side, since that is how bytes
+// interleave. What is decoded for many rows is worth sorting: see ShortTileDot.
+struct ShortTileDot;
 struct ShortDot {
   static constexpr int kColumns = 2;
   static constexpr int kBlockUnits = kBlock / 2;
@@ -106,11 +109,11 @@ struct ShortDot {
   static constexpr int kStepUnits = 2;
   static constexpr int kSteps = 2;  // the low nibbles of a cell, then the high ones
   static constexpr int kSums = 2 * kVectors;
-  static constexpr int kTileRows = 2;
   static constexpr float kLargest = 8191.0f, kLargestLevel = 4095.0f;
   using Weights = __m256i;
   using Sum = __m256i;
   using Levels = ShortTable;
+  using Tiled = ShortTileDot;
   static __m256i broadcast(const std::uint32_t* unit) {
     long long pairs;
     std::memcpy(&pairs, unit, sizeof pairs);
@@ -118,16 +121,36 @@ struct ShortDot {
   }
   static Sum none() { return _mm256_setzero_si256(); }
   static __m256i dot(__m256i sum, __m256i weights, __m256i x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+    // GCC must not see through this sum: it regroups integer sums of several steps, which then outgrow the registers.
+    asm("" : "+x"(sum));
+    return sum;
   }
   static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
     const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * v], sums[2 * v + 1]));
     return mul(exact, FloatDot::broadcast(x + kBlockUnits));
   }
-  static __m256i read(const std::uint32_t* tile) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)); }
-  static void write(std::uint32_t* tile, __m256i weights) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile), weights);
+};
+
+// The same products from tiles in the order of outputs, one pair of columns a step and eight outputs a vector: no
+// horizontal sums, and more rows in the registers.
+struct ShortTileDot {
+  static constexpr int kColumns = ShortDot::kColumns;
+  static constexpr int kBlockUnits = ShortDot::kBlockUnits;
+  static constexpr int kUnits = ShortDot::kUnits;
+  static constexpr int kStepUnits = 1;
+  static constexpr int kSteps = kCell / 2;
+  static constexpr int kSums = kVectors;
+  static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
+  using Weights = __m256i;
+  using Sum = __m256i;
+  static __m256i broadcast(const std::uint32_t* unit) { return _mm256_set1_epi32(static_cast<int>(*unit)); }
+  static Sum none() { return ShortDot::none(); }
+  static __m256i dot(__m256i sum, __m256i weights, __m256i x) { return ShortDot::dot(sum, weights, x); }
+  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
+    return mul(_mm256_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
   }
+  static __m256i read(const std::uint32_t* tile) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)); }
 };
 #endif
 
@@ -142,7 +165,7 @@ struct Tile {
 template <class Dot>
 constexpr std::ptrdiff_t tile_offset(int sum, int cell, int step) {
   return (sum / Dot::kSums) * Tile<Dot>::kGroupWords + (sum % Dot::kSums) * kLanes +
-         std::ptrdiff_t{cell * Dot::kSteps + step} * kGroup * Dot::kStepUnits;
+         std::ptrdiff_t{cell * Dot::kSteps + step} * kGroup;
 }
 
 // Totals of one tile, one row of x after the other.

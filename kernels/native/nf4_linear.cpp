@@ -215,6 +215,8 @@ class Product {
   }
 
  private:
+  using Tiled = typename Dot::Tiled;
+
   std::size_t unit_count(std::int64_t rows) const { return static_cast<std::size_t>(rows * blocks_) * Dot::kUnits; }
 
   // Rows first + begin .. first + end as units [block][rows][kUnits].
@@ -272,31 +274,52 @@ class Product {
 
   template <int kGroups>
   void tiled(const std::uint32_t* units, std::int64_t first, std::int64_t rows, std::int64_t group) const {
-    Tile<Dot> tile;
+    Tile<Tiled> tile;
     Totals totals;
     std::memset(totals.values, 0, static_cast<std::size_t>(rows * Totals::kStride) * sizeof(float));
     for (std::int64_t block = 0; block < blocks_; ++block) {
       const PackedSource<Dot> packed = source(group, block);
       decode<kGroups>(packed, tile);
-      const TileSource<Dot, true> decoded{tile.words, packed.scales, packed.scale_stride};
-      multiply_rows<Dot, kGroups>(decoded, units + block * rows * Dot::kUnits, rows, totals);
+      const TileSource<Tiled, true> decoded{tile.words, packed.scales, packed.scale_stride};
+      multiply_rows<Tiled, kGroups>(decoded, units + block * rows * Dot::kUnits, rows, totals);
     }
     store_totals(totals.values, Totals::kStride, rows, group * kGroup, kGroups, args_.bias, y_ + first * args_.outputs,
                  args_.outputs);
   }
 
   template <int kGroups>
-  static void decode(const PackedSource<Dot>& packed, Tile<Dot>& tile) {
+  static void decode(const PackedSource<Dot>& packed, Tile<Tiled>& tile) {
     for (int cell = 0; cell < kBlock / kCell; ++cell) {
       const auto prepared = packed.template prepare<kGroups>(cell);
       unroll<Dot::kSteps>([&](auto step) __attribute__((always_inline)) {
+        typename Dot::Weights weights[kGroups * Dot::kSums];
         unroll<kGroups * Dot::kSums>([&](auto v) __attribute__((always_inline)) {
-          Dot::write(tile.words + tile_offset<Dot>(v.value, cell, step.value),
-                     packed.template weights<step.value, v.value>(prepared, cell));
+          weights[v.value] = packed.template weights<step.value, v.value>(prepared, cell);
         });
+        write_step<step.value, kGroups>(Dot{}, weights, cell, tile.words);
       });
     }
   }
+
+  template <int kStep, int kGroups, class AnyDot>
+  static void write_step(AnyDot, const typename Dot::Weights* weights, int cell, std::uint32_t* tile) {
+    unroll<kGroups * Dot::kSums>([&](auto v) __attribute__((always_inline)) {
+      Dot::write(tile + tile_offset<Dot>(v.value, cell, kStep), weights[v.value]);
+    });
+  }
+#if defined(PEFTSERVE_SIMD_AVX2)
+  // Outputs with two pairs of columns each become two vectors of one pair each.
+  template <int kStep, int kGroups>
+  static void write_step(ShortDot, const __m256i* weights, int cell, std::uint32_t* tile) {
+    unroll<kGroups * kVectors>([&](auto v) __attribute__((always_inline)) {
+      const __m256 low = _mm256_castsi256_ps(weights[2 * v.value]), high = _mm256_castsi256_ps(weights[2 * v.value + 1]);
+      store(reinterpret_cast<float*>(tile + tile_offset<Tiled>(v.value, cell, 2 * kStep)),
+            _mm256_shuffle_ps(low, high, 0x88));
+      store(reinterpret_cast<float*>(tile + tile_offset<Tiled>(v.value, cell, 2 * kStep + 1)),
+            _mm256_shuffle_ps(low, high, 0xdd));
+    });
+  }
+#endif
 
   const Nf4Linear& args_;
   const T* x_;

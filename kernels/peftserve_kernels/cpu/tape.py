@@ -99,6 +99,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(nbytes: int) -> int:
-    """Up by at most an eighth, so that steps of similar sizes share blocks; never 0."""
-    grain = max(64, 1 << max(nbytes.bit_length() - 4, 0))
-    return max(-(-nbytes // grain), 1) * grain
+    """Up to a power of four, never 0: what a step does not touch of a block takes no memory, while a block for each
+    size would take several times the largest step's, as tapes of more and more rows are recorded."""
+    return 64 << 2 * -(-(-(-nbytes // 64) - 1).bit_length() // 2)
