@@ -121,10 +121,8 @@ struct ShortDot {
   }
   static Sum none() { return _mm256_setzero_si256(); }
   static __m256i dot(__m256i sum, __m256i weights, __m256i x) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
-    // GCC must not see through this sum: it regroups integer sums of several steps, which then outgrow the registers.
-    asm("" : "+x"(sum));
-    return sum;
+    // GCC would regroup the integer sums of several steps, which then outgrow the registers.
+    return opaque(_mm256_add_epi32(sum, _mm256_madd_epi16(weights, x)));
   }
   static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
     const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * v], sums[2 * v + 1]));

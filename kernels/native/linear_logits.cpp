@@ -8,19 +8,19 @@
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-// Fetches one of `shares` parts of the `count` values from `first` on: a panel of the weights is contiguous, but read in
-// short pieces of many rows, which the hardware does not see coming.
+// Fetches `size` of `shares` parts of the `count` values from `first` on, starting with part `share`: a panel of the
+// weights is contiguous, but read in short pieces of many rows, which the hardware does not see coming.
 template <class W>
-void prefetch_share(const W* weights, std::int64_t first, std::int64_t end, std::int64_t share, std::int64_t shares,
-                    std::int64_t count) {
+void prefetch_shares(const W* weights, std::int64_t first, std::int64_t end, std::int64_t share, std::int64_t size,
+                     std::int64_t shares, std::int64_t count) {
   constexpr std::int64_t kLine = 64 / sizeof(W);
-  const std::int64_t stop = first + count * (share + 1) / shares;
+  const std::int64_t stop = first + count * (share + size) / shares;
   for (std::int64_t at = first + count * share / shares; at < stop && at < end; at += kLine) {
     __builtin_prefetch(weights + at);
   }
 }
 
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
 template <class Dot, class X, class W>
 void product(const LinearLogits& args) {
   const X* x = static_cast<const X*>(args.x);
@@ -44,8 +44,8 @@ void product(const LinearLogits& args) {
         const std::int64_t column = panel * Totals::kStride;
         std::memset(totals.values, 0, static_cast<std::size_t>(rows * Totals::kStride) * sizeof(float));
         for (std::int64_t block = 0; block < blocks; ++block) {
-          prefetch_share(weights, (column + Totals::kStride) * args.columns, args.outputs * args.columns, block, blocks,
-                         Totals::kStride * args.columns);
+          prefetch_shares(weights, (column + Totals::kStride) * args.columns, args.outputs * args.columns, block, 1,
+                          blocks, Totals::kStride * args.columns);
           for (int group = 0; group < kTileGroups; ++group) {
             const W* group_rows[kGroup];
             for (int i = 0; i < kGroup; ++i) {
@@ -103,12 +103,18 @@ class RowProduct {
         width_(steps_ * kColumns) {}
 
   void run() const {
+    if (args_.rows == 0) return;
     auto* packed = scratch<float>(static_cast<std::size_t>(args_.rows * width_));
     const auto pack = [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) pack_row(x_ + row * args_.columns, packed + row * width_);
     };
     const auto multiply = [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t panel = begin; panel < end; ++panel) this->panel(packed, panel * kPanel);
+      if (args_.rows <= kFewRows) {
+        few_rows(packed, begin * kPanel, end * kPanel);
+      } else {
+        auto* wide = scratch<float, 1>(static_cast<std::size_t>(kPanel * width_));
+        for (std::int64_t panel = begin; panel < end; ++panel) many_rows(packed, panel * kPanel, wide);
+      }
     };
     const int team = team_size(args_.threads, args_.rows * args_.columns * args_.outputs);
     parallel_phases(team, args_.rows, pack, (args_.outputs + kPanel - 1) / kPanel, multiply);
@@ -116,7 +122,9 @@ class RowProduct {
 
  private:
   static constexpr int kColumns = Step<W>::kColumns, kVectors = Step<W>::kVectors;
-  static constexpr std::int64_t kPanel = 16;  // rows of weights that stay in the cache while all rows of x pass
+  static constexpr std::int64_t kFewRows = 2;  // of x, which meet the weights as they come from memory
+  static constexpr std::int64_t kPanel = 8;    // rows of weights that are widened for all rows of x
+  static constexpr int kTileRows = 3, kTileOutputs = 4;  // of x and of weights: as many sums as the registers hold
 
   void pack_row(const X* x, float* packed) const {
     for (std::int64_t column = 0; column < width_; column += kColumns) {
@@ -127,24 +135,26 @@ class RowProduct {
     }
   }
 
-  void panel(const float* x, std::int64_t first) const {
-    const std::int64_t end = first + kPanel < args_.outputs ? first + kPanel : args_.outputs;
-    std::int64_t row = 0;
-    for (; row + 2 <= args_.rows; row += 2) outputs<2, 4>(x + row * width_, row, first, end);
-    if (row < args_.rows) outputs<1, 8>(x + row * width_, row, first, end);
+  void few_rows(const float* x, std::int64_t first, std::int64_t end) const {
+    if (end > args_.outputs) end = args_.outputs;
+    if (args_.rows == 1) {
+      outputs<1, 8>(x, first, end);
+    } else {
+      outputs<2, 4>(x, first, end);
+    }
   }
 
   template <int kRows, int kOutputs>
-  void outputs(const float* x, std::int64_t row, std::int64_t output, std::int64_t end) const {
-    for (; output + kOutputs <= end; output += kOutputs) tile<kRows, kOutputs>(x, row, output);
-    for (; output < end; ++output) tile<kRows, 1>(x, row, output);
+  void outputs(const float* x, std::int64_t output, std::int64_t end) const {
+    for (; output + kOutputs <= end; output += kOutputs) tile<kRows, kOutputs>(x, output);
+    for (; output < end; ++output) tile<kRows, 1>(x, output);
   }
 
   template <int kRows, int kOutputs>
-  void tile(const float* x, std::int64_t row, std::int64_t output) const {
+  void tile(const float* x, std::int64_t output) const {
     const W* weights = weights_ + output * args_.columns;
-    // A single row of x leaves no time to wait for memory: the next rows of weights are fetched meanwhile.
-    const bool fetches = kRows == 1 && output + 2 * kOutputs <= args_.outputs;
+    // So few rows of x leave no time to wait for memory: the next rows of weights are fetched meanwhile.
+    const bool fetches = output + 2 * kOutputs <= args_.outputs;
     Vec sums[kRows][kOutputs];
     unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
       sums[i.value / kOutputs][i.value % kOutputs] = zero();
@@ -180,6 +190,80 @@ class RowProduct {
                     static_cast<std::size_t>(args_.columns - column) * sizeof(W));
       }
       step(column, [&](auto o) __attribute__((always_inline)) { return last[o.value]; });
+    }
+    unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
+      constexpr int kRow = decltype(i)::value / kOutputs, kOutput = decltype(i)::value % kOutputs;
+      args_.y[kRow * args_.outputs + output + kOutput] = sum(sums[kRow][kOutput]);
+    });
+  }
+
+  // A panel of weights in the order of packed x, and then all rows of x on it: the same chains of products.
+  void many_rows(const float* x, std::int64_t first, float* wide) const {
+    const std::int64_t count = args_.outputs - first < kPanel ? args_.outputs - first : kPanel;
+    for (std::int64_t output = 0; output < count; ++output) {
+      widen_weights(weights_ + (first + output) * args_.columns, wide + output * width_);
+    }
+    std::int64_t row = 0;
+    for (; row + kTileRows <= args_.rows; row += kTileRows) wide_tiles<kTileRows>(x, row, wide, first, count);
+    if (row + 2 <= args_.rows) {
+      wide_tiles<2>(x, row, wide, first, count);
+      row += 2;
+    }
+    if (row < args_.rows) wide_tiles<1>(x, row, wide, first, count);
+  }
+
+  void widen_weights(const W* weights, float* wide) const {
+    const auto step = [&](std::int64_t column, const W* from) __attribute__((always_inline)) {
+      Vec read[kVectors];
+      Step<W>::read(from, read);
+      for (int v = 0; v < kVectors; ++v) store(wide + column + v * kLanes, read[v]);
+    };
+    std::int64_t column = 0;
+    for (; column < whole_ * kColumns; column += kColumns) step(column, weights + column);
+    if (whole_ < steps_) {
+      W last[kColumns] = {};
+      std::memcpy(last, weights + column, static_cast<std::size_t>(args_.columns - column) * sizeof(W));
+      step(column, last);
+    }
+  }
+
+  template <int kRows>
+  void wide_tiles(const float* x, std::int64_t row, const float* wide, std::int64_t first, std::int64_t count) const {
+    // While these rows pass, their share of the next panel is fetched, bit by bit.
+    const std::int64_t share = kPanel * args_.columns * kRows / args_.rows;
+    const bool fetches = width_ > 0 && first + 2 * kPanel <= args_.outputs;
+    const W* ahead = weights_ + (fetches ? (first + kPanel) * args_.columns + share * row / kRows : 0);
+    const std::int64_t step = fetches ? share * kTileOutputs / kPanel / (width_ / kLanes) : 0;
+    std::int64_t output = 0;
+    for (; output + kTileOutputs <= count; output += kTileOutputs) {
+      wide_tile<kRows, kTileOutputs>(x + row * width_, wide + output * width_, row, first + output, ahead, step);
+      ahead += step * (width_ / kLanes);
+    }
+    for (; output < count; ++output) {
+      wide_tile<kRows, 1>(x + row * width_, wide + output * width_, row, first + output, ahead, 0);
+    }
+  }
+
+  template <int kRows, int kOutputs>
+  void wide_tile(const float* x, const float* wide, std::int64_t row, std::int64_t output, const W* ahead,
+                 std::int64_t step) const {
+    Vec sums[kRows][kOutputs];
+    unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
+      sums[i.value / kOutputs][i.value % kOutputs] = zero();
+    });
+    for (std::int64_t column = 0; column < width_; column += kLanes) {
+      __builtin_prefetch(ahead);
+      ahead += step;
+      Vec inputs[kRows];
+      unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+        inputs[r.value] = load(x + r.value * width_ + column);
+      });
+      unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
+        const Vec weights = opaque(load(wide + o.value * width_ + column));
+        unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+          sums[r.value][o.value] = fma(weights, inputs[r.value], sums[r.value][o.value]);
+        });
+      });
     }
     unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
       constexpr int kRow = decltype(i)::value / kOutputs, kOutput = decltype(i)::value % kOutputs;

@@ -29,7 +29,8 @@ class Scratch {
   std::size_t capacity_ = 0;
 };
 
-template <class T>
+// kUse: one number for each memory of a type that is held beside others.
+template <class T, int kUse = 0>
 inline T* scratch(std::size_t count) {
   static thread_local Scratch memory;
   return static_cast<T*>(memory.reserve(count * sizeof(T)));

@@ -11,3 +11,19 @@
 #else
 #include "simd/portable.h"
 #endif
+
+namespace peftserve::PEFTSERVE_ISA {
+
+// `x` in a register, and nothing known about how it came there: what is loaded once is not loaded again at each use, and
+// what is summed in one order is not regrouped.
+template <class Register>
+[[gnu::always_inline]] inline Register opaque(Register x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+}  // namespace peftserve::PEFTSERVE_ISA
