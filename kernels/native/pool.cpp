@@ -4,6 +4,9 @@
 #include <system_error>
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -12,10 +15,13 @@
 namespace peftserve {
 namespace {
 
-// How long a thread looks for work, or for the end of it, before it sleeps: longer than what lies between two steps of a
-// busy engine. A core that sleeps wakes late, in a virtual machine above all, and every op waits for the last thread
-// (measured on two cores, of 100 us: a third more tokens/s of one stream, a fifth more of eight).
-constexpr auto kSpin = std::chrono::milliseconds(1);
+// How long a thread looks for work, or for the end of it, whatever else wants its core: longer than what lies between two
+// ops of a replayed step.
+constexpr auto kSpin = std::chrono::microseconds(100);
+// How long it looks in all before it sleeps, where no other thread of the pool is on its core: longer than what lies
+// between two steps of a busy engine. A core that sleeps wakes late, in a virtual machine above all, and every op waits
+// for the last thread (measured on two cores: a third more tokens/s of one stream, a fifth more of eight).
+constexpr auto kAwake = std::chrono::milliseconds(1);
 constexpr int kLooks = 32;  // between two looks at the clock
 
 inline void relax() {
@@ -26,15 +32,26 @@ inline void relax() {
 #endif
 }
 
-// Returns when `value` is no longer `old`.
-void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
-  const auto end = std::chrono::steady_clock::now() + kSpin;
-  do {
+// The core that this thread is on, or -1.
+inline int core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Returns when `value` is no longer `old`. `may_stay()`: whether looking on keeps nobody of the pool waiting.
+template <class MayStay>
+void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old, const MayStay& may_stay) {
+  const auto start = std::chrono::steady_clock::now();
+  for (auto waited = start - start; waited < kSpin || (waited < kAwake && may_stay());
+       waited = std::chrono::steady_clock::now() - start) {
     for (int look = 0; look < kLooks; ++look) {
       if (value.load(std::memory_order_acquire) != old) return;
       relax();
     }
-  } while (std::chrono::steady_clock::now() < end);
+  }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
@@ -72,18 +89,32 @@ void Pool::start(int threads, Call call, const void* context) {
   unfinished_.store(static_cast<std::uint32_t>(workers_.size()), std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
+  note_core(0);
   call(context, 0, threads);
   for (;;) {
     const std::uint32_t left = unfinished_.load(std::memory_order_acquire);
     if (left == 0) return;
-    wait_for_change(unfinished_, left);
+    wait_for_change(unfinished_, left, [&] { return has_core(0); });
   }
+}
+
+void Pool::note_core(int index) {
+  if (index < kMostCores) cores_[index].store(core(), std::memory_order_relaxed);
+}
+
+bool Pool::has_core(int index) const {
+  const int mine = core(), team = team_, last = team < kMostCores ? team : kMostCores;
+  for (int other = 0; other < last; ++other) {
+    if (other != index && mine >= 0 && cores_[other].load(std::memory_order_relaxed) == mine) return false;
+  }
+  return true;
 }
 
 void Pool::work(int index, std::uint32_t seen) {
   for (;;) {
-    wait_for_change(epoch_, seen);
+    wait_for_change(epoch_, seen, [&] { return has_core(index); });
     ++seen;  // the next job does not come before this one is answered
+    note_core(index);
     if (index < team_) call_(context_, index, team_);
     if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
   }

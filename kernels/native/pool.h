@@ -36,13 +36,18 @@ class Pool {
   static void forget();
   void start(int threads, Call call, const void* context);
   void work(int index, std::uint32_t seen);
+  void note_core(int index);
+  // Whether no other thread of the team was last seen on the core of this one, the team's `index`.
+  bool has_core(int index) const;
 
   std::mutex in_use_;
   std::vector<std::thread> workers_;
   // Written before `epoch_` is raised, read after.
   Call call_ = nullptr;
   const void* context_ = nullptr;
-  int team_ = 0;
+  std::atomic<int> team_{0};
+  static constexpr int kMostCores = 256;
+  std::atomic<int> cores_[kMostCores] = {};  // where each thread of the team began its last job
   alignas(64) std::atomic<std::uint32_t> epoch_{0};    // raised for every job
   alignas(64) std::atomic<std::uint32_t> unfinished_{0};  // workers that have not answered the job yet
 };

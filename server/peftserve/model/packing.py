@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter, PrefixAdapter
+from peftserve.adapters.safetensors import TensorView
 from peftserve.errors import AdapterLoadError
 from peftserve.model.arena import align
 from peftserve.model.spec import TARGET_NAMES, ModelSpec
@@ -55,39 +56,58 @@ class PackedPrefix:
         return self.k.nbytes + self.v.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A matrix [r, n], [n, r] in the file if `turned`: blocks of `block_rows` rows from element `start` on."""
+
+    start: int
+    block_rows: int
+    stored: TensorView
+    turned: bool
+
+    def rows(self) -> Floats:
+        values = self.stored.float32()
+        return values.T if self.turned else np.atleast_2d(values)
+
+
 class _Packer:
-    """Collects matrices that become pages; a page of `n` columns takes 8 n elements, rounded up to the alignment."""
+    """Collects matrices that become pages; a page of `n` columns takes 8 n elements, rounded up to the alignment.
+
+    What is added stays in the file until `finish`, and then is converted part by part.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[int, int, Floats]] = []  # first element, rows a block, values
+        self._parts: list[_Part] = []
         self._ends: list[int] = []
 
-    def pages(self, rows: Floats) -> list[int]:
-        """Add [r, n] as pages of 8 rows; returns their offsets."""
-        return self._add(rows, RANK_PAGE_ROWS)
+    def pages(self, stored: TensorView, *, turned: bool = False) -> list[int]:
+        """Add a matrix [r, n], or [n, r] if `turned`, as pages of 8 rows; returns their offsets."""
+        rows, columns = reversed(stored.shape) if turned else stored.shape
+        return self._add(stored, turned, RANK_PAGE_ROWS, rows, columns)
 
-    def vector(self, values: Floats) -> int:
+    def vector(self, stored: TensorView) -> int:
         """Add [n] as a block of its own; returns its offset."""
-        return self._add(values[None], 1)[0]
+        return self._add(stored, False, 1, 1, *stored.shape)[0]
 
     def finish(self, dtype: torch.dtype, *, values: Tables, offsets: Tables) -> PackedWeights:
         """The blocks in `dtype`, and the table rows. Raises `AdapterLoadError` when a weight exceeds its range."""
         data = torch.zeros(self._ends[-1], dtype=dtype)
-        for start, block_rows, rows in self._parts:
-            count, columns = -(-rows.shape[0] // block_rows), rows.shape[1]
-            padded = np.zeros((count * block_rows, columns), np.float32)
+        for part in self._parts:
+            rows = part.rows()
+            count, columns = -(-rows.shape[0] // part.block_rows), rows.shape[1]
+            padded = np.zeros((count * part.block_rows, columns), np.float32)
             padded[: rows.shape[0]] = rows
-            stride = align(block_rows * columns)
-            blocks = data[start : start + count * stride].view(count, stride)
-            blocks[:, : block_rows * columns] = torch.from_numpy(padded).view(count, -1)
+            stride = align(part.block_rows * columns)
+            blocks = data[part.start : part.start + count * stride].view(count, stride)
+            blocks[:, : part.block_rows * columns] = torch.from_numpy(padded).view(count, -1)
         _require_finite(data)
         return PackedWeights(data, tuple(self._ends), _tensors(values), _tensors(offsets))
 
-    def _add(self, rows: Floats, block_rows: int) -> list[int]:
+    def _add(self, stored: TensorView, turned: bool, block_rows: int, rows: int, columns: int) -> list[int]:
         start = self._ends[-1] if self._ends else 0
-        stride = align(block_rows * rows.shape[1])
-        offsets = [start + index * stride for index in range(-(-rows.shape[0] // block_rows))]
-        self._parts.append((start, block_rows, rows))
+        stride = align(block_rows * columns)
+        offsets = [start + index * stride for index in range(-(-rows // block_rows))]
+        self._parts.append(_Part(start, block_rows, stored, turned))
         self._ends += [offset + stride for offset in offsets]
         return offsets
 
@@ -102,8 +122,8 @@ def pack_lora(adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_
     for where, module in sorted(adapter.modules.items()):
         rank[where], scale[where] = module.rank, module.scale
         used = rank_pages(module.rank)
-        a_page[where][:used] = packer.pages(module.a.float32())
-        b_page[where][:used] = packer.pages(module.b.float32().T)
+        a_page[where][:used] = packer.pages(module.a)
+        b_page[where][:used] = packer.pages(module.b, turned=True)
     return packer.finish(
         dtype,
         values={"rank": rank, "scale": scale},
@@ -121,10 +141,10 @@ def pack_bottleneck(adapter: BottleneckAdapter, spec: ModelSpec, *, dtype: torch
     for where, module in sorted(adapter.sites.items()):
         width[where], scale[where] = module.width, module.scale
         used = rank_pages(module.width)
-        down_page[where][:used] = packer.pages(module.down.float32())
-        up_page[where][:used] = packer.pages(module.up.float32().T)
-        down_bias[where] = packer.vector(module.down_bias.float32())
-        up_bias[where] = packer.vector(module.up_bias.float32())
+        down_page[where][:used] = packer.pages(module.down)
+        up_page[where][:used] = packer.pages(module.up, turned=True)
+        down_bias[where] = packer.vector(module.down_bias)
+        up_bias[where] = packer.vector(module.up_bias)
     activation = np.array(Activation[adapter.activation.value.upper()], np.int32)
     input_mode = np.array(BottleneckInput[adapter.input_mode.name], np.int32)
     return packer.finish(
