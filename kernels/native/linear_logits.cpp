@@ -8,19 +8,19 @@
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-// Fetches `size` of `shares` parts of the `count` values from `first` on, starting with part `share`: a panel of the
-// weights is contiguous, but read in short pieces of many rows, which the hardware does not see coming.
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+// Fetches one of `shares` parts of the `count` values from `first` on: a panel of the weights is contiguous, but read in
+// short pieces of many rows, which the hardware does not see coming.
 template <class W>
-void prefetch_shares(const W* weights, std::int64_t first, std::int64_t end, std::int64_t share, std::int64_t size,
-                     std::int64_t shares, std::int64_t count) {
+void prefetch_share(const W* weights, std::int64_t first, std::int64_t end, std::int64_t share, std::int64_t shares,
+                    std::int64_t count) {
   constexpr std::int64_t kLine = 64 / sizeof(W);
-  const std::int64_t stop = first + count * (share + size) / shares;
+  const std::int64_t stop = first + count * (share + 1) / shares;
   for (std::int64_t at = first + count * share / shares; at < stop && at < end; at += kLine) {
     __builtin_prefetch(weights + at);
   }
 }
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
 template <class Dot, class X, class W>
 void product(const LinearLogits& args) {
   const X* x = static_cast<const X*>(args.x);
@@ -44,8 +44,8 @@ void product(const LinearLogits& args) {
         const std::int64_t column = panel * Totals::kStride;
         std::memset(totals.values, 0, static_cast<std::size_t>(rows * Totals::kStride) * sizeof(float));
         for (std::int64_t block = 0; block < blocks; ++block) {
-          prefetch_shares(weights, (column + Totals::kStride) * args.columns, args.outputs * args.columns, block, 1,
-                          blocks, Totals::kStride * args.columns);
+          prefetch_share(weights, (column + Totals::kStride) * args.columns, args.outputs * args.columns, block, blocks,
+                         Totals::kStride * args.columns);
           for (int group = 0; group < kTileGroups; ++group) {
             const W* group_rows[kGroup];
             for (int i = 0; i < kGroup; ++i) {

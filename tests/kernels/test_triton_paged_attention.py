@@ -129,11 +129,11 @@ def test_any_batch(lengths: list[tuple[int, int]], page_size: int, window: int |
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(
         st.integers(1, 700).flatmap(lambda context: st.tuples(st.just(1) | st.integers(0, context), st.just(context))),
-        max_size=1,
+        max_size=5,
     ),
     page_size=st.sampled_from([1, 3, 16, 64, 256]),
     window=st.none() | st.integers(1, 800),
