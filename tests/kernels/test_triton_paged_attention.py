@@ -128,22 +128,29 @@ def test_any_batch(lengths: list[tuple[int, int]], page_size: int, window: int |
     attend([*lengths, (1, 5)], window, page_size=page_size, dtype=dtype)
 
 
+@st.composite
+def long_batches(draw: st.DrawFn) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Heads and KV heads; contexts of up to three splits, each with as many queries as the interpreter has time for."""
+    heads = draw(st.sampled_from([(2, 2), (3, 1), (9, 3), (35, 1)]))
+    most = 130 // heads[0]  # over QUERY_TILE, or over the rows of a program
+    context = st.integers(1, 3 * SPLIT)
+    length = context.flatmap(lambda c: st.tuples(st.just(1) | st.integers(0, min(c, most)), st.just(c)))
+    return heads, draw(st.lists(length, max_size=4))
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(
-        st.integers(1, 700).flatmap(lambda context: st.tuples(st.just(1) | st.integers(0, context), st.just(context))),
-        max_size=5,
-    ),
+    batch=long_batches(),
     page_size=st.sampled_from([1, 3, 16, 64, 256]),
     window=st.none() | st.integers(1, 800),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    heads=st.sampled_from([(4, 4), (9, 3), (5, 1), (70, 2)]),
 )
 def test_any_long_batch(
-    lengths: list[tuple[int, int]], page_size: int, window: int | None, dtype: torch.dtype, heads: tuple[int, int]
+    batch: tuple[tuple[int, int], list[tuple[int, int]]], page_size: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    attend([*lengths, (1, 5)], window, page_size=page_size, dtype=dtype, heads=heads[0], kv_heads=heads[1])
+    (heads, kv_heads), lengths = batch
+    attend([*lengths, (1, 5)], window, page_size=page_size, dtype=dtype, heads=heads, kv_heads=kv_heads)
 
 
 @pytest.mark.parametrize("window", [None, 20])
