@@ -6,7 +6,7 @@ history, so outputs depend on exactly what a real model's would depend on.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peftserve.engine.adapter_memory import HostAdapter, Placement
 from peftserve.engine.plan import Sampled, StepPlan, StepResult
@@ -51,7 +51,8 @@ def _next_token(digest: str, history: list[int]) -> int:
 class SimulatedMemory:
     """Adapter memory with `slots` slots per kind, `device_bytes` in all, and adapters of a given size.
 
-    `virtual_tokens` gives prefix lengths by name; names in `broken` fail to load.
+    `virtual_tokens` gives prefix lengths by name; names in `broken` fail to load. With `lends`, a placed adapter's host
+    copy takes a tenth.
     """
 
     slots: int = 4
@@ -59,6 +60,7 @@ class SimulatedMemory:
     adapter_bytes: int = 100
     virtual_tokens: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    lends: bool = False
     used: dict[AdapterKind, dict[int, str]] = field(default_factory=dict)
     prefix_pages: dict[int, tuple[str, int]] = field(default_factory=dict)  # page -> (digest, index)
     loads: list[str] = field(default_factory=list)
@@ -81,7 +83,23 @@ class SimulatedMemory:
         taken[free[0]] = host.ref.digest
         return Placement(slot=free[0], device_bytes=host.host_bytes)
 
+    def lend(self, host: HostAdapter) -> HostAdapter:
+        return replace(host, host_bytes=self.adapter_bytes // 10, lent=True) if self.lends else host
+
+    def take_back(self, host: HostAdapter, placement: Placement) -> HostAdapter:
+        if not host.lent:
+            raise AssertionError(f"{host.ref.name} was not lent")
+        if host.kind is AdapterKind.PREFIX:
+            held = [self.prefix_pages[page] for page in placement.pages]
+            if held != [(host.ref.digest, index) for index in range(len(held))]:
+                raise AssertionError(f"{host.ref.name}: its pages hold {held}")
+        elif self.used[host.kind].get(placement.slot) != host.ref.digest:
+            raise AssertionError(f"{host.ref.name}: slot {placement.slot} is not its own")
+        return replace(host, host_bytes=self.adapter_bytes, lent=False)
+
     def copy(self, host: HostAdapter, placement: Placement) -> None:
+        if host.lent:
+            raise AssertionError(f"{host.ref.name} has no weights to copy")
         for index, page in enumerate(placement.pages):
             self.prefix_pages[page] = (host.ref.digest, index)
 

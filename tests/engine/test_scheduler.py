@@ -170,6 +170,19 @@ def test_more_adapters_than_slots_all_get_their_turn() -> None:
     h.check_idle()
 
 
+def test_an_adapter_is_in_one_tier_at_a_time_where_its_memory_lends() -> None:
+    """Its bytes move to the device and, when it makes room, back: it is read from disk once."""
+    h = Harness(memory=SimulatedMemory(slots=1, lends=True))
+    for turn, ref in enumerate([LORA_A, LORA_B, LORA_A, LORA_B]):
+        h.add(request(f"r{turn}", [1, turn], ref=ref))
+        h.run()
+        assert h.adapters.device_bytes_used == 100
+        assert h.adapters.host_bytes_used == (10 if turn == 0 else 110)
+    assert sorted(h.memory.loads) == [LORA_A.name, LORA_B.name]
+    assert h.adapters.evictions_device == 3
+    assert h.adapters.evictions_host == 0
+
+
 def test_a_steady_stream_on_resident_adapters_does_not_starve_an_absent_one() -> None:
     h = Harness(memory=SimulatedMemory(slots=1), starvation_s=1.0, max_num_seqs=2)
     h.add(request("stream-0", [1, 2], ref=LORA_A, max_tokens=6))

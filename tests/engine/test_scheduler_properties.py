@@ -43,6 +43,7 @@ actions = st.one_of(
     st.integers(1, 3),
     st.integers(1, 6),
     st.booleans(),
+    st.booleans(),
 )
 def test_every_request_ends_once_with_its_own_tokens(
     script: list[tuple[str, object]],
@@ -51,8 +52,11 @@ def test_every_request_ends_once_with_its_own_tokens(
     slots: int,
     max_num_seqs: int,
     prefix_caching: bool,
+    lends: bool,
 ) -> None:
-    memory = SimulatedMemory(slots=slots, device_bytes=400, virtual_tokens={f"prefix-{i}": i for i in (1, 3, 4, 9)})
+    memory = SimulatedMemory(
+        slots=slots, device_bytes=400, virtual_tokens={f"prefix-{i}": i for i in (1, 3, 4, 9)}, lends=lends
+    )
     h = Harness(
         memory=memory,
         num_pages=num_pages,

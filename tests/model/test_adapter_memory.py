@@ -199,6 +199,34 @@ def test_release_zeroes_the_tables_and_gives_everything_back(device: Device) -> 
         device.memory.release(lora, AdapterKind.LORA)
 
 
+@pytest.mark.parametrize("made", [files.lora(TARGET_NAMES, rank=9), files.bottleneck(width=8), files.prefix(6)])
+def test_lent_weights_come_back_as_they_were(device: Device, made: tuple[Any, Any]) -> None:
+    """Also when the blocks were spread over several holes."""
+    for seed in range(4):
+        hole = device.place(device.load(files.lora(("q_proj",), rank=8, seed=seed), f"other-{seed}"))
+        if seed % 2 == 0:
+            device.memory.release(hole, AdapterKind.LORA)
+    host = device.load(made)
+    is_prefix = host.kind is AdapterKind.PREFIX
+    placement = Placement(pages=(9, 2)) if is_prefix else device.memory.reserve(host)
+    assert placement is not None
+    device.memory.copy(host, placement)
+    lent = device.memory.lend(host)
+    assert lent.lent
+    assert lent.host_bytes < host.host_bytes / 2
+    with pytest.raises(InternalError, match="lent"):
+        device.memory.copy(lent, placement)
+    back = device.memory.take_back(lent, placement)
+    assert (back.host_bytes, back.num_virtual_tokens, back.lent) == (host.host_bytes, host.num_virtual_tokens, False)
+    for name in ("k", "v") if is_prefix else ("data",):
+        assert torch.equal(getattr(back.weights, name), getattr(host.weights, name))
+    if not is_prefix:
+        device.memory.release(placement, host.kind)
+        again = device.place(back)
+        check = assert_lora_in_place if host.kind is AdapterKind.LORA else assert_bottleneck_in_place
+        check(device, back, again.slot)
+
+
 def test_reserving_is_all_or_nothing(tmp_path: Path) -> None:
     device = Device(tmp_path, arena_bytes=3 * 8 * SPEC.hidden_size * 4 * 2 * 2, num_slots=4)
     hosts = [device.load(files.lora(("q_proj",), rank=8, seed=seed)) for seed in range(3)]

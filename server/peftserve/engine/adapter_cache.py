@@ -2,6 +2,9 @@
 
 The step thread owns all state here. Reading and parsing an adapter, and copying it to its place on the device, happen
 on loader threads; their results are taken in by `poll`, so a step never waits for an adapter.
+
+An adapter on the device keeps its host copy while the host's budget allows, so that evicting it costs nothing. On the
+CPU both would lie in the same memory: there the weights move, and an eviction moves them back.
 """
 
 import time
@@ -165,7 +168,7 @@ class AdapterCache:
             if isinstance(outcome, HostAdapter):
                 self._loaded(entry, outcome)
             elif isinstance(outcome, Placement):
-                entry.move(AdapterState.DEVICE)
+                self._placed_on_device(entry)
             else:
                 self._failed(entry, outcome)
             self._settle(entry)
@@ -262,6 +265,11 @@ class AdapterCache:
 
         self._pool.submit(entry, copy)
 
+    def _placed_on_device(self, entry: AdapterEntry) -> None:
+        if entry.host is not None:
+            self._keep_host(entry, self._memory.lend(entry.host))
+        entry.move(AdapterState.DEVICE)
+
     def _reserve(self, host: HostAdapter) -> Placement | None:
         if host.kind is not AdapterKind.PREFIX:
             return self._memory.reserve(host)
@@ -290,6 +298,8 @@ class AdapterCache:
         return False
 
     def _leave_device(self, entry: AdapterEntry) -> None:
+        if entry.host is not None and entry.host.lent and entry.placement is not None:
+            self._keep_host(entry, self._memory.take_back(entry.host, entry.placement))
         self._give_back(entry)
         self._touch(entry)
         if entry.host is not None:
@@ -313,7 +323,7 @@ class AdapterCache:
         for entry in chain(copies, only):
             if excess <= 0:
                 break
-            if entry.host is not None and not entry.waiters:
+            if entry.host is not None and not entry.host.lent and not entry.waiters:
                 excess -= entry.host.host_bytes
                 dropped.append(entry)
         for entry in dropped:

@@ -32,7 +32,7 @@ class AdapterEntry:
     ref: AdapterRef
     state: AdapterState = AdapterState.LOADING
     num_virtual_tokens: int | None = None  # prefix length, known after the first load
-    host: HostAdapter | None = None  # kept beside the device copy while the host budget allows
+    host: HostAdapter | None = None  # kept beside the device copy, whole or lent, while the host budget allows
     placement: Placement | None = None
     refs: int = 0  # running requests
     waiters: int = 0  # requests that will want it: its host copy stays

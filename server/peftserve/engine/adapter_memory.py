@@ -13,13 +13,15 @@ from peftserve.types import AdapterKind, AdapterRef
 class HostAdapter:
     """An adapter parsed, validated and packed in host memory; `weights` is the memory's own business.
 
-    `host_bytes` is what it takes in the host tier. `num_virtual_tokens` is the prefix length, 0 for other kinds.
+    `host_bytes` is what it takes in the host tier. `num_virtual_tokens` is the prefix length, 0 for other kinds. A
+    `lent` one has given its weights to the device, and cannot be placed before `AdapterMemory.take_back`.
     """
 
     ref: AdapterRef
     host_bytes: int
     num_virtual_tokens: int
     weights: object
+    lent: bool = False
 
     @property
     def kind(self) -> AdapterKind:
@@ -54,6 +56,13 @@ class AdapterMemory(Protocol):
     def copy(self, adapter: HostAdapter, placement: Placement) -> None:
         """Fill a reserved placement (or the given KV pages). No step reads it until this has returned; the runner lets
         steps wait for copies that then are still under way on the device."""
+
+    def lend(self, adapter: HostAdapter) -> HostAdapter:
+        """What the host keeps of an adapter once it is placed: all of it, or, where the device's memory is the host's,
+        only what `take_back` needs."""
+
+    def take_back(self, adapter: HostAdapter, placement: Placement) -> HostAdapter:
+        """A lent adapter whole again, its weights read from its placement, which is yet to be released."""
 
     def release(self, placement: Placement, kind: AdapterKind) -> None:
         """Give a placement's slot and room back. No step uses it any more."""

@@ -117,14 +117,14 @@ class DeviceAdapterMemory:
     @torch.inference_mode()
     def copy(self, adapter: HostAdapter, placement: Placement) -> None:
         """Fill a reserved placement, or the given KV pages with the prefix's K and V; then it takes a `join`."""
-        packed = adapter.weights
+        if adapter.lent:
+            raise InternalError(f"adapter {adapter.ref.name} has lent its weights to the device")
+        packed = _packed(adapter)
         with self._uploads.upload() as put:
             if isinstance(packed, PackedPrefix):
                 self._copy_prefix(put, packed, placement.pages)
-            elif isinstance(packed, PackedWeights):
-                self._copy_weights(put, packed, adapter.kind, placement.slot)
             else:
-                raise InternalError(f"adapter {adapter.ref.name} was not loaded by this memory")
+                self._copy_weights(put, packed, adapter.kind, placement.slot)
 
     # -- step thread ---------------------------------------------------------------------------------------------
 
@@ -142,6 +142,26 @@ class DeviceAdapterMemory:
             return None
         size = sum(extent.size for extent in extents)
         return Placement(slot=slots.take(extents), device_bytes=size * self._dtype.itemsize)
+
+    def lend(self, adapter: HostAdapter) -> HostAdapter:
+        """On a GPU the adapter as it is; on the CPU without its weights, of which the device's are enough."""
+        if self._device.type != "cpu":
+            return adapter
+        packed = _packed(adapter).without_weights()
+        return replace(adapter, weights=packed, host_bytes=packed.nbytes, lent=True)
+
+    @torch.inference_mode()
+    def take_back(self, adapter: HostAdapter, placement: Placement) -> HostAdapter:
+        """Undo `lend` by reading the arena or the KV pages."""
+        packed = _packed(adapter)
+        if isinstance(packed, PackedPrefix):
+            pages = list(placement.pages)
+            whole: PackedWeights | PackedPrefix = replace(packed, k=self._kv.k[:, pages], v=self._kv.v[:, pages])
+        else:
+            arena = self._table(adapter.kind, "arena")
+            extents = self._slots[adapter.kind].extents(placement.slot)
+            whole = replace(packed, data=torch.cat([arena[extent.start : extent.end] for extent in extents]))
+        return replace(adapter, weights=whole, host_bytes=whole.nbytes, lent=False)
 
     @torch.inference_mode()
     def release(self, placement: Placement, kind: AdapterKind) -> None:
@@ -214,6 +234,12 @@ class DeviceAdapterMemory:
 def _absent(table: str) -> int:
     """What a table holds where there is nothing: only a row scale may be absent where there are weights, as -1."""
     return -1 if table == "row_scale" else 0
+
+
+def _packed(adapter: HostAdapter) -> PackedWeights | PackedPrefix:
+    if not isinstance(adapter.weights, PackedWeights | PackedPrefix):
+        raise InternalError(f"adapter {adapter.ref.name} was not loaded by this memory")
+    return adapter.weights
 
 
 def _ends(adapter: HostAdapter) -> tuple[int, ...]:

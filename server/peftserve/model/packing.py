@@ -5,7 +5,7 @@ tables count from the adapter's own first element. Prefix K and V become KV page
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,10 @@ class PackedWeights:
     def nbytes(self) -> int:
         return self.data.nbytes + sum(row.nbytes for row in (*self.values.values(), *self.offsets.values()))
 
+    def without_weights(self) -> "PackedWeights":
+        """The tables alone, with empty `data`."""
+        return replace(self, data=self.data.new_empty(0))
+
 
 @dataclass(frozen=True, slots=True)
 class PackedPrefix:
@@ -54,6 +58,10 @@ class PackedPrefix:
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
+
+    def without_weights(self) -> "PackedPrefix":
+        """The length alone, with empty `k` and `v`."""
+        return replace(self, k=self.k.new_empty(0), v=self.v.new_empty(0))
 
 
 @dataclass(frozen=True, slots=True)
