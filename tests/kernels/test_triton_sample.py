@@ -31,12 +31,12 @@ def test_against_the_reference(vocab: int, rows: int, spread: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("vocab", [15, 257, 6000, 49152])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
 def test_many_rows_against_the_reference(seed: int, vocab: int, spread: float) -> None:
     torch.manual_seed(seed)
-    check(random_draws(30 if vocab < 10_000 else 10, vocab, spread))
+    check(random_draws(30 if vocab < 10_000 else 4, vocab, spread))
 
 
 def test_a_level_of_more_tokens_than_are_copied_out() -> None:
