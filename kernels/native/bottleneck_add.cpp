@@ -106,7 +106,7 @@ class Bottleneck {
     float* bias = t + task.tokens * width;
     float* z = bias + width;
     read_input(static_cast<Input>(args_.input_mode[task.slot]), task.token * columns, task.tokens * columns, z);
-    shrink<WideRows<W>>(z, task.tokens, down, t);
+    shrink_wide(z, task.tokens, down, t);
     widen_row(arena_ + args_.down_bias[at], width, bias);
     const auto kind = static_cast<Activation>(args_.activation[task.slot]);
     for (std::int64_t m = 0; m < task.tokens; ++m) {
@@ -115,11 +115,13 @@ class Bottleneck {
     const Vec scale = broadcast(args_.scale[at]);
     const W* up_bias = arena_ + args_.up_bias[at];
     float* stream = args_.stream + task.token * columns;
-    const auto add_to = [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
-      float* to = stream + m * columns + column;
-      store_part(to, count, fma(scale, add(load_part(up_bias + column, count), delta), load_part(to, count)));
-    };
-    expand(t, task.tokens, up, add_to);
+    expand(t, task.tokens, up, [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
+      float* to = stream + m * columns + first;
+      for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
+        const Vec delta = add(load_part(up_bias + first + at, lanes), load_part(sums + at, lanes));
+        store_part(to + at, lanes, fma(scale, delta, load_part(to + at, lanes)));
+      });
+    });
   }
 
   void read_input(Input mode, std::int64_t first, std::int64_t count, float* z) const {

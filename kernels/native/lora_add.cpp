@@ -50,25 +50,27 @@ class Update {
     auto* t = scratch<float>(static_cast<std::size_t>(task.tokens * (rank + args_.columns)));
     shrink_inputs(task, a, t, t + task.tokens * rank);
     const Vec scale = broadcast(args_.scale[task.table]);
-    T* y = y_ + task.token * args_.y_stride + piece.offset;
-    const auto sum = [&](const T* to, int count, Vec delta) __attribute__((always_inline)) {
-      return fma(scale, delta, load_part(to, count));
+    const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[task.table];
+    T* y = y_ + task.token * y_stride + piece.offset;
+    const auto sum = [&](const T* to, int lanes, const float* delta) __attribute__((always_inline)) {
+      return fma(scale, load_part(delta, lanes), load_part(to, lanes));
     };
-    const std::int64_t row_scale = args_.row_scale[task.table];
     if (row_scale < 0) {
-      expand(t, task.tokens, b,
-             [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
-               T* to = y + m * args_.y_stride + column;
-               store_part(to, count, sum(to, count, delta));
-             });
+      expand(t, task.tokens, b, [&](std::int64_t m, std::int64_t column, std::int64_t count, const float* delta) {
+        T* to = y + m * y_stride + column;
+        for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
+          store_part(to + at, lanes, sum(to + at, lanes, delta + at));
+        });
+      });
     } else {
       const W* excess = arena_ + row_scale;  // of g over 1
-      expand(t, task.tokens, b,
-             [&](std::int64_t m, std::int64_t column, int count, Vec delta) __attribute__((always_inline)) {
-               T* to = y + m * args_.y_stride + column;
-               const Vec updated = sum(to, count, delta);
-               store_part(to, count, fma(load_part(excess + column, count), updated, updated));
-             });
+      expand(t, task.tokens, b, [&](std::int64_t m, std::int64_t column, std::int64_t count, const float* delta) {
+        T* to = y + m * y_stride + column;
+        for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
+          const Vec updated = sum(to + at, lanes, delta + at);
+          store_part(to + at, lanes, fma(load_part(excess + column + at, lanes), updated, updated));
+        });
+      });
     }
   }
 
@@ -82,7 +84,7 @@ class Update {
     }
 #endif
     widen_row(static_cast<const T*>(args_.x) + first, task.tokens * args_.columns, wide);
-    shrink<WideRows<W>>(wide, task.tokens, a, t);
+    shrink_wide(wide, task.tokens, a, t);
   }
 
   const LoraAdd& args_;

@@ -4,6 +4,8 @@
 // expand: the sum over i of t[m, i] * b[i, n], lanes over n, i ascending. Neither depends on which rows share a tile.
 #pragma once
 
+#include <type_traits>
+
 #include "dtypes.h"
 #include "scratch.h"
 #include "unroll.h"
@@ -13,12 +15,13 @@ namespace peftserve::PEFTSERVE_ISA {
 
 constexpr int kRankPage = 8;              // rank rows in a page
 constexpr int kRankTile = 4;              // rank rows side by side in registers
-constexpr std::int64_t kTokenBlock = 16;  // tokens a task
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
 constexpr int kTokenTile = 4;
 #else
-constexpr int kTokenTile = 2;
+constexpr int kTokenTile = 3;
 #endif
+constexpr std::int64_t kTokenBlock = 16 / kTokenTile * kTokenTile;  // tokens a task
+constexpr int kWideRows = 1;         // which scratch memory holds widened rows
 
 // The pages of one factor: row i begins at arena + page[i / 8] + (i % 8) * width.
 template <class W>
@@ -99,6 +102,10 @@ inline void shrink_rows(const typename Rows::Input* x, std::int64_t tokens, cons
   for (; m + kTokenTile <= tokens; m += kTokenTile) {
     shrink_tile<Rows, kTokenTile, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
   }
+  if (m + 2 <= tokens) {
+    shrink_tile<Rows, 2, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
+    m += 2;
+  }
   for (; m < tokens; ++m) shrink_tile<Rows, 1, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
 }
 
@@ -113,49 +120,101 @@ inline void shrink(const typename Rows::Input* x, std::int64_t tokens, const Fac
   for (; i < a.rank; ++i) shrink_rows<Rows, 1>(x, tokens, a.row(i), a.width, t + i, a.rank);
 }
 
-template <int kTokens, int kVectorCount, class W, class Add>
-inline void expand_tile(const float* t, const Factor<W>& b, std::int64_t m, std::int64_t column, const Add& add_to) {
-  constexpr int kCount = kTokens * kVectorCount;
-  const bool is_whole = kVectorCount > 1 || b.width - column >= kLanes;
-  const int count = is_whole ? kLanes : static_cast<int>(b.width - column);
-  Vec sums[kTokens][kVectorCount];
+// The same products from float32 inputs. Each weight is widened once for all tokens.
+template <class W>
+inline void shrink_wide(const float* x, std::int64_t tokens, const Factor<W>& a, float* t) {
+  if constexpr (!std::is_same_v<W, float>) {
+    if (tokens > 2) {
+      auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
+      const auto rows = [&](auto count, std::int64_t i) {
+        widen_row(a.row(i), count.value * a.width, wide);  // rows of a tile share a page
+        shrink_rows<WideRows<float>, count.value>(x, tokens, wide, a.width, t + i, a.rank);
+      };
+      std::int64_t i = 0;
+      for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
+      for (; i < a.rank; ++i) rows(Index<1>{}, i);
+      return;
+    }
+  }
+  shrink<WideRows<W>>(x, tokens, a, t);
+}
+
+constexpr int kPanelVectors = 4;
+constexpr int kPanel = kPanelVectors * kLanes;  // columns of the product that are computed together
+
+// kPanel columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last column. The next panel's are
+// fetched meanwhile: rows lie so far apart that the hardware does not foresee it.
+template <class W>
+inline void widen_panel(const Factor<W>& b, std::int64_t first, float* wide) {
+  const std::int64_t count = b.width - first < kPanel ? b.width - first : kPanel;
+  for (std::int64_t i = 0; i < b.rank; ++i, wide += kPanel) {
+    const W* row = b.row(i) + first;
+    __builtin_prefetch(row + kPanel);
+    if (count == kPanel) {
+      unroll<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
+        store(wide + v.value * kLanes, load(row + v.value * kLanes));
+      });
+    } else {
+      for (std::int64_t column = 0; column < kPanel; ++column) wide[column] = 0.0f;
+      widen_row(row, count, wide);
+    }
+  }
+}
+
+// sums[m][kPanel]: the products of kTokens tokens with kPanel columns, which begin at row(i) for rank row i.
+template <int kTokens, class Row>
+inline void expand_tile(const float* t, std::int64_t rank, const Row& row, float* sums) {
+  constexpr int kCount = kTokens * kPanelVectors;
+  Vec totals[kTokens][kPanelVectors];
   unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-    sums[i.value / kVectorCount][i.value % kVectorCount] = zero();
+    totals[i.value / kPanelVectors][i.value % kPanelVectors] = zero();
   });
-  for (std::int64_t i = 0; i < b.rank; ++i) {
-    const W* row = b.row(i) + column;
-    Vec weights[kVectorCount];
-    unroll<kVectorCount>([&](auto v) __attribute__((always_inline)) {
-      weights[v.value] = load_part(row + v.value * kLanes, count);
-    });
-    unroll<kTokens>([&](auto r) __attribute__((always_inline)) {
-      const Vec inner = broadcast(t[(m + r.value) * b.rank + i]);
-      unroll<kVectorCount>([&](auto v) __attribute__((always_inline)) {
-        sums[r.value][v.value] = fma(inner, weights[v.value], sums[r.value][v.value]);
+  for (std::int64_t i = 0; i < rank; ++i) {
+    const auto* weights = row(i);
+    Vec inner[kTokens];
+    unroll<kTokens>([&](auto m) __attribute__((always_inline)) { inner[m.value] = broadcast(t[m.value * rank + i]); });
+    unroll<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
+      const Vec weight = opaque(load(weights + v.value * kLanes));
+      unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
+        totals[m.value][v.value] = fma(inner[m.value], weight, totals[m.value][v.value]);
       });
     });
   }
   unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-    constexpr int kToken = decltype(i)::value / kVectorCount, kVector = decltype(i)::value % kVectorCount;
-    add_to(m + kToken, column + kVector * kLanes, count, sums[kToken][kVector]);
+    store(sums + i.value * kLanes, totals[i.value / kPanelVectors][i.value % kPanelVectors]);
   });
 }
 
-// t: [tokens][b.rank]. add_to(token, column, count, vector) for all of [tokens][b.width]; count < kLanes only at the
-// end of a row.
+// t: [tokens][b.rank]. add_to(token, column, count, sums) for all of [tokens][b.width], `count` columns at a time.
 template <class W, class Add>
 inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, const Add& add_to) {
-  constexpr int kWide = 4;
-  const auto rows = [&](auto vectors, std::int64_t column) {
-    std::int64_t m = 0;
-    for (; m + kTokenTile <= tokens; m += kTokenTile) {
-      expand_tile<kTokenTile, vectors.value>(t, b, m, column, add_to);
+  auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>((b.rank + tokens) * kPanel));
+  float* sums = wide + b.rank * kPanel;
+  for (std::int64_t first = 0; first < b.width; first += kPanel) {
+    const std::int64_t count = b.width - first < kPanel ? b.width - first : kPanel;
+    const auto tiles = [&](const auto& row) __attribute__((always_inline)) {
+      std::int64_t m = 0;
+      for (; m + kTokenTile <= tokens; m += kTokenTile) {
+        expand_tile<kTokenTile>(t + m * b.rank, b.rank, row, sums + m * kPanel);
+      }
+      if (m + 2 <= tokens) {
+        expand_tile<2>(t + m * b.rank, b.rank, row, sums + m * kPanel);
+        m += 2;
+      }
+      for (; m < tokens; ++m) expand_tile<1>(t + m * b.rank, b.rank, row, sums + m * kPanel);
+    };
+    if (tokens <= 2 && count == kPanel) {  // as much work as widening them beforehand
+      tiles([&](std::int64_t i) __attribute__((always_inline)) {
+        const W* row = b.row(i) + first;
+        __builtin_prefetch(row + kPanel);
+        return row;
+      });
+    } else {
+      widen_panel(b, first, wide);
+      tiles([&](std::int64_t i) __attribute__((always_inline)) { return wide + i * kPanel; });
     }
-    for (; m < tokens; ++m) expand_tile<1, vectors.value>(t, b, m, column, add_to);
-  };
-  std::int64_t column = 0;
-  for (; column + kWide * kLanes <= b.width; column += kWide * kLanes) rows(Index<kWide>{}, column);
-  for (; column < b.width; column += kLanes) rows(Index<1>{}, column);
+    for (std::int64_t m = 0; m < tokens; ++m) add_to(m, first, count, sums + m * kPanel);
+  }
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA
