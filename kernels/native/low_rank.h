@@ -21,7 +21,7 @@ constexpr int kTokenTile = 4;
 constexpr int kTokenTile = 3;
 #endif
 constexpr std::int64_t kTokenBlock = 16 / kTokenTile * kTokenTile;  // tokens a task
-constexpr int kWideRows = 1;         // which scratch memory holds widened rows
+constexpr int kWideRows = 1;  // which scratch memory holds widened rows
 
 // The pages of one factor: row i begins at arena + page[i / 8] + (i % 8) * width.
 template <class W>
@@ -95,18 +95,24 @@ inline void shrink_tile(const typename Rows::Input* x, const typename Rows::Weig
   });
 }
 
+// body(Index<n>, m) for tiles of n tokens from m on: whole ones, a pair, and single ones.
+template <class Body>
+[[gnu::always_inline]] inline void for_token_tiles(std::int64_t tokens, const Body& body) {
+  std::int64_t m = 0;
+  for (; m + kTokenTile <= tokens; m += kTokenTile) body(Index<kTokenTile>{}, m);
+  if (m + 2 <= tokens) {
+    body(Index<2>{}, m);
+    m += 2;
+  }
+  for (; m < tokens; ++m) body(Index<1>{}, m);
+}
+
 template <class Rows, int kRanks>
 inline void shrink_rows(const typename Rows::Input* x, std::int64_t tokens, const typename Rows::Weight* a,
                         std::int64_t columns, float* t, std::int64_t t_stride) {
-  std::int64_t m = 0;
-  for (; m + kTokenTile <= tokens; m += kTokenTile) {
-    shrink_tile<Rows, kTokenTile, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
-  }
-  if (m + 2 <= tokens) {
-    shrink_tile<Rows, 2, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
-    m += 2;
-  }
-  for (; m < tokens; ++m) shrink_tile<Rows, 1, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
+  for_token_tiles(tokens, [&](auto count, std::int64_t m) __attribute__((always_inline)) {
+    shrink_tile<Rows, count.value, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
+  });
 }
 
 // x: [tokens][a.width]; t: [tokens][a.rank].
@@ -193,15 +199,9 @@ inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, cons
   for (std::int64_t first = 0; first < b.width; first += kPanel) {
     const std::int64_t count = b.width - first < kPanel ? b.width - first : kPanel;
     const auto tiles = [&](const auto& row) __attribute__((always_inline)) {
-      std::int64_t m = 0;
-      for (; m + kTokenTile <= tokens; m += kTokenTile) {
-        expand_tile<kTokenTile>(t + m * b.rank, b.rank, row, sums + m * kPanel);
-      }
-      if (m + 2 <= tokens) {
-        expand_tile<2>(t + m * b.rank, b.rank, row, sums + m * kPanel);
-        m += 2;
-      }
-      for (; m < tokens; ++m) expand_tile<1>(t + m * b.rank, b.rank, row, sums + m * kPanel);
+      for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
+        expand_tile<tile.value>(t + m * b.rank, b.rank, row, sums + m * kPanel);
+      });
     };
     if (tokens <= 2 && count == kPanel) {  // as much work as widening them beforehand
       tiles([&](std::int64_t i) __attribute__((always_inline)) {

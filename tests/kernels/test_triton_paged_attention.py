@@ -132,7 +132,7 @@ def test_any_batch(lengths: list[tuple[int, int]], page_size: int, window: int |
 def long_batches(draw: st.DrawFn) -> tuple[tuple[int, int], list[tuple[int, int]]]:
     """Heads and KV heads; contexts of up to three splits, each with as many queries as the interpreter has time for."""
     heads = draw(st.sampled_from([(2, 2), (3, 1), (9, 3), (35, 1)]))
-    most = 130 // heads[0]  # over QUERY_TILE, or over the rows of a program
+    most = 130 // heads[0]  # rows of several programs, but fewer queries than QUERY_TILE
     context = st.integers(1, 3 * SPLIT)
     length = context.flatmap(lambda c: st.tuples(st.just(1) | st.integers(0, min(c, most)), st.just(c)))
     return heads, draw(st.lists(length, max_size=4))
