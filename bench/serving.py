@@ -7,7 +7,6 @@ client shares the machine's cores with the server. PEFT gets the prompts of each
 were streams, and pays for no network, no streaming and no client.
 """
 
-import asyncio
 import statistics
 import tempfile
 from collections.abc import AsyncGenerator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 import typer
+import uvloop
 from typing_extensions import Unpack
 
 import options
@@ -200,7 +200,7 @@ def _serve(server: Server, plan: Plan) -> tuple[Report, Recorder]:
             recorder = Recorder(client)
             return await run(recorder, plan), recorder
 
-    result, recorder = asyncio.run(go())
+    result, recorder = uvloop.run(go())
     if result.errors or result.output_tokens != plan.requests * plan.max_tokens:
         raise RuntimeError(f"{result.output_tokens} tokens of {plan.requests * plan.max_tokens}: {result.errors}")
     return result, recorder

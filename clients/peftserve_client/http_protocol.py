@@ -172,8 +172,8 @@ def transport_errors() -> Iterator[None]:
     """httpx's errors as this package's."""
     try:
         yield
-    except httpx.ConnectTimeout as error:
-        raise ConnectionFailedError(f"no connection in time to {_target(error)}") from error
+    except httpx.ConnectTimeout as error:  # aiohttp's transport also says so of a server that hung up
+        raise ConnectionFailedError(f"{_target(error)}: {error or 'no connection in time'}") from error
     except httpx.TimeoutException as error:
         raise RequestTimeoutError(f"no answer in time from {_target(error)}") from error
     except httpx.TransportError as error:

@@ -177,6 +177,21 @@ async def test_a_cut_stream_is_not_repeated_after_its_first_token(kind: str, fla
 
 
 @BOTH
+async def test_a_server_that_hangs_up_is_named_and_asked_again(kind: str) -> None:
+    asked = []
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(pc.ConnectionFailedError, match=rf"127\.0\.0\.1:{port}: Server disconnected"):
+            await ask(kind, f"http://127.0.0.1:{port}", "generate")
+    assert len(asked) == QUICK.attempts
+
+
+@BOTH
 async def test_an_upload_is_sent_again_from_its_start(kind: str, flaky: Flaky) -> None:
     flaky.script = [(503, {})]
     await ask(kind, flaky.url, "push")

@@ -1,6 +1,5 @@
 """`peftserve loadtest`: what a running server does under load."""
 
-import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +28,8 @@ def loadtest(
     api_key: ApiKey = None,
 ) -> None:
     """Measure output tokens/s, time to first token, between tokens, and of whole answers, by adapter."""
+    import uvloop
+
     from peftserve_client.loadtest import Plan, parse_mix
 
     try:
@@ -45,7 +46,7 @@ def loadtest(
     )
     with progress_bar(quiet=json) as bar:
         task = bar.add_task("requests", total=requests)
-        report = asyncio.run(_run(plan, url, grpc, api_key, lambda done: bar.update(task, completed=done)))
+        report = uvloop.run(_run(plan, url, grpc, api_key, lambda done: bar.update(task, completed=done)))
     if json:
         print_json(report)
     else:
