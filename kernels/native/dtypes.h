@@ -10,11 +10,6 @@ struct Type {
   using type = T;
 };
 
-template <class T>
-inline constexpr bool kIsBf16 = false;
-template <>
-inline constexpr bool kIsBf16<Bf16> = true;
-
 // body(Type<T>) with the T that `dtype` names.
 template <class Body>
 inline void with_type(Dtype dtype, const Body& body) {

@@ -1,8 +1,8 @@
-// The inner loops of all products with a weight matrix: y[m, n] = sum over k of x[m, k] * w[n, k].
+// The inner loops of products with NF4 weights: y[m, n] = sum over k of x[m, k] * w[n, k].
 //
 // Lanes are output columns n, in groups of sixteen; k runs in blocks of 64. Within a block each output is one chain of
 // dot-product instructions in the order of k, starting from zero; the block's sum is then added to the output's total
-// (times the block's scale, for NF4). Every path below keeps exactly this order, whatever the number of rows and
+// times the block's scale. Every path below keeps exactly this order, whatever the number of rows and
 // wherever a row or column lies in a tile: that is what makes results independent of the batch. (Sums of integers are
 // exact, so their order within a block is free.)
 #pragma once
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "rows.h"
 #include "simd.h"
 #include "types.h"
 #include "unroll.h"
@@ -24,7 +25,7 @@ constexpr int kCell = 8;                     // columns of x in one packed NF4 w
 constexpr std::int64_t kChunkRows = 128;     // rows of x that share one decoding of the weights
 
 // The registers decide how many rows x groups of totals a tile holds.
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
 constexpr int kTileRows = 8;
 constexpr int kTileGroups = 3;
 #elif defined(PEFTSERVE_SIMD_AVX2)
@@ -37,7 +38,6 @@ constexpr int kTileGroups = 1;
 
 // Operands are 32-bit units. FloatDot: one column of x a unit, float32 weights.
 struct FloatDot {
-  static constexpr int kColumns = 1;                        // columns of x a unit
   static constexpr int kBlockUnits = kBlock;                // units a block
   static constexpr int kUnits = kBlockUnits;                // words of a block of a row of x, with what comes beside
   static constexpr int kStepUnits = 1;                      // units that one step multiplies
@@ -55,8 +55,12 @@ struct FloatDot {
   }
   static Sum none() { return zero(); }
   static Vec dot(Vec sum, Vec weights, Vec x) { return fma(weights, x, sum); }
-  // The sums of vector `v` of a row as floats, given the row's block of x.
-  static Vec value(const Sum* sums, int v, const std::uint32_t*) { return sums[v]; }
+  // The sums of vector kVector of a row as floats, given the row's block of x. Inlined early, or GCC keeps the sums in
+  // memory.
+  template <int kVector>
+  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t*) {
+    return sums[kVector];
+  }
   static Vec read(const std::uint32_t* tile) { return load(reinterpret_cast<const float*>(tile)); }
   static void write(std::uint32_t* tile, Vec weights) { store(reinterpret_cast<float*>(tile), weights); }
   template <int kStep>
@@ -65,51 +69,52 @@ struct FloatDot {
   }
 };
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-// PairDot: two columns of x a unit, both bfloat16 like the weights, summed in float32.
-struct PairDot {
-  static constexpr int kColumns = 2;
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+// ShortDot: x and the weights as 16-bit integers. They make two (AVX2) or four times (VNNI on Intel) the products of
+// floats or bfloat16.
+//
+// Each block of 64 columns of x is scaled so that its largest value becomes kLargest; the levels of NF4 are scaled to
+// kLargestLevel. Both roundings are finer than bf16's: half a step is 2^-14 of the block's largest value, and 2^-13 of
+// the largest level. Sums of a block are exact in 32 bits: 64 * kLargest * kLargestLevel < 2^31.
+struct ShortBlock {
   static constexpr int kBlockUnits = kBlock / 2;
-  static constexpr int kUnits = kBlockUnits;
+  static constexpr int kUnits = kBlockUnits + 1;  // the last word is the scale of the block, a float
+  static constexpr float kLargest = 8191.0f, kLargestLevel = 4095.0f;
+};
+#endif
+
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+struct ShortDot : ShortBlock {
   static constexpr int kStepUnits = 1;
   static constexpr int kSteps = kCell / 2;
   static constexpr int kSums = kVectors;
   static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
   using Weights = __m512i;
-  using Sum = Vec;
-  using Levels = PairTable;
-  using Tiled = PairDot;
+  using Sum = __m512i;
+  using Levels = ShortTable;
+  using Tiled = ShortDot;
   static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
-  static Sum none() { return zero(); }
-  static Vec dot(Vec sum, __m512i weights, __m512i x) { return dot_pairs(sum, weights, x); }
-  static Vec value(const Sum* sums, int v, const std::uint32_t*) { return sums[v]; }
+  static Sum none() { return _mm512_setzero_si512(); }
+  static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_shorts(sum, weights, x); }
+  template <int kVector>
+  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t* x) {
+    return mul(_mm512_cvtepi32_ps(sums[kVector]), FloatDot::broadcast(x + kBlockUnits));
+  }
   static __m512i read(const std::uint32_t* tile) { return _mm512_loadu_si512(tile); }
   static void write(std::uint32_t* tile, __m512i weights) { _mm512_storeu_si512(tile, weights); }
   template <int kStep>
   static __m512i decode(const Levels& levels, Words words) {
-    return look_up_pairs<kStep>(levels, words);
+    return look_up_shorts<kStep>(levels, words);
   }
 };
-#endif
-
-#if defined(PEFTSERVE_SIMD_AVX2)
-// ShortDot: x and the weights as 16-bit integers. Without bf16 instructions they make twice the products of floats.
-//
-// Each block of 64 columns of x is scaled so that its largest value becomes kLargest; the levels of NF4 are scaled to
-// kLargestLevel. Both roundings are finer than bf16's: half a step is 2^-14 of the block's largest value, and 2^-13 of
-// the largest level. Sums of a block are exact in 32 bits: 64 * kLargest * kLargestLevel < 2^31.
-//
+#elif defined(PEFTSERVE_SIMD_AVX2)
 // A step multiplies four columns, in pairs: the sums of output n lie in two lanes side by side, since that is how bytes
 // interleave. What is decoded for many rows is worth sorting: see ShortTileDot.
 struct ShortTileDot;
-struct ShortDot {
-  static constexpr int kColumns = 2;
-  static constexpr int kBlockUnits = kBlock / 2;
-  static constexpr int kUnits = kBlockUnits + 1;  // the last word is the scale of the block, a float
+struct ShortDot : ShortBlock {
   static constexpr int kStepUnits = 2;
   static constexpr int kSteps = 2;  // the low nibbles of a cell, then the high ones
   static constexpr int kSums = 2 * kVectors;
-  static constexpr float kLargest = 8191.0f, kLargestLevel = 4095.0f;
   using Weights = __m256i;
   using Sum = __m256i;
   using Levels = ShortTable;
@@ -124,18 +129,16 @@ struct ShortDot {
     // GCC would regroup the integer sums of several steps, which then outgrow the registers.
     return opaque(_mm256_add_epi32(sum, _mm256_madd_epi16(weights, x)));
   }
-  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
-    const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * v], sums[2 * v + 1]));
+  template <int kVector>
+  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t* x) {
+    const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * kVector], sums[2 * kVector + 1]));
     return mul(exact, FloatDot::broadcast(x + kBlockUnits));
   }
 };
 
 // The same products from tiles in the order of outputs, one pair of columns a step and eight outputs a vector: no
 // horizontal sums, and more rows in the registers.
-struct ShortTileDot {
-  static constexpr int kColumns = ShortDot::kColumns;
-  static constexpr int kBlockUnits = ShortDot::kBlockUnits;
-  static constexpr int kUnits = ShortDot::kUnits;
+struct ShortTileDot : ShortBlock {
   static constexpr int kStepUnits = 1;
   static constexpr int kSteps = kCell / 2;
   static constexpr int kSums = kVectors;
@@ -145,8 +148,9 @@ struct ShortTileDot {
   static __m256i broadcast(const std::uint32_t* unit) { return _mm256_set1_epi32(static_cast<int>(*unit)); }
   static Sum none() { return ShortDot::none(); }
   static __m256i dot(__m256i sum, __m256i weights, __m256i x) { return ShortDot::dot(sum, weights, x); }
-  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
-    return mul(_mm256_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
+  template <int kVector>
+  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t* x) {
+    return mul(_mm256_cvtepi32_ps(sums[kVector]), FloatDot::broadcast(x + kBlockUnits));
   }
   static __m256i read(const std::uint32_t* tile) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)); }
 };
@@ -181,6 +185,7 @@ struct Totals {
 template <class Dot, int kRows, int kGroups, class Source>
 [[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals,
                                       std::ptrdiff_t stride) {
+  const Source local = source;  // in registers: stores to totals might change what lies in memory
   constexpr int kSums = kGroups * Dot::kSums, kCount = kGroups * kVectors;
   typename Dot::Sum sums[kRows][kSums];
   unroll<kRows * kSums>([&](auto i) __attribute__((always_inline)) {
@@ -188,11 +193,11 @@ template <class Dot, int kRows, int kGroups, class Source>
   });
 #pragma GCC unroll 1
   for (int cell = 0; cell < kBlock / kCell; ++cell) {
-    const auto prepared = source.template prepare<kGroups>(cell);
+    const auto prepared = local.template prepare<kGroups>(cell);
     unroll<Dot::kSteps>([&](auto step) __attribute__((always_inline)) {
       typename Dot::Weights weights[kSums];
       unroll<kSums>([&](auto v) __attribute__((always_inline)) {
-        weights[v.value] = source.template weights<step.value, v.value>(prepared, cell);
+        weights[v.value] = local.template weights<step.value, v.value>(prepared, cell);
       });
       unroll<kRows>([&](auto row) __attribute__((always_inline)) {
         constexpr int kRow = decltype(row)::value * Dot::kUnits;
@@ -206,13 +211,13 @@ template <class Dot, int kRows, int kGroups, class Source>
   unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
     constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
     float* total = totals + kRow * stride + kVector * kLanes;
-    const Vec sum = Dot::value(sums[kRow], kVector, x + kRow * Dot::kUnits);
-    store(total, source.finish(kVector, sum, load(total)));
+    const Vec sum = Dot::template value<kVector>(sums[kRow], x + kRow * Dot::kUnits);
+    store(total, local.finish(kVector, sum, load(total)));
   });
 }
 
-// Weights decoded to a tile; scales [group][16], or none.
-template <class Dot, bool kScaled>
+// Weights decoded to a tile; scales [group][16].
+template <class Dot>
 struct TileSource {
   const std::uint32_t* tile;
   const float* scales;
@@ -228,11 +233,7 @@ struct TileSource {
     return Dot::read(tile + tile_offset<Dot>(kSum, cell, kStep));
   }
   Vec finish(int vector, Vec sum, Vec total) const {
-    if constexpr (kScaled) {
-      return fma(sum, load(scales + (vector / kVectors) * scale_stride + (vector % kVectors) * kLanes), total);
-    } else {
-      return add(total, sum);
-    }
+    return fma(sum, load(scales + (vector / kVectors) * scale_stride + (vector % kVectors) * kLanes), total);
   }
 };
 
@@ -265,18 +266,15 @@ inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int
 template <class T>
 inline void store_totals(const float* totals, std::ptrdiff_t stride, std::int64_t rows, std::int64_t column, int groups,
                          const float* bias, T* y, std::int64_t outputs) {
-  for (int v = 0; v < groups * kVectors && column < outputs; ++v, column += kLanes) {
-    const int count = outputs - column < kLanes ? static_cast<int>(outputs - column) : kLanes;
-    const Vec added = bias == nullptr ? zero() : load_first(bias + column, count);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const Vec total = add(load(totals + row * stride + v * kLanes), added);
-      T* out = y + row * outputs + column;
-      if (count == kLanes) {
-        store(out, total);
-      } else {
-        store_first(out, count, total);
-      }
-    }
+  // Row by row: rows of y may lie a power of two apart, and then their lines push one another out of the cache.
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const float* from = totals + row * stride;
+    T* to = y + row * outputs + column;
+    const std::int64_t left = outputs - column, size = std::int64_t{groups} * kGroup;
+    for_vectors(size < left ? size : left, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+      const Vec added = bias == nullptr ? zero() : load_part(bias + column + at, count);
+      store_part(to + at, count, add(load(from + at), added));
+    });
   }
 }
 

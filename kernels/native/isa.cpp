@@ -13,9 +13,9 @@ struct Variant {
 std::vector<Variant> variants() {
   return {
 #if defined(PEFTSERVE_X86)
-      {"avx512_bf16", &avx512_bf16::kOps,
+      {"avx512_vnni", &avx512_vnni::kOps,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16")},
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")},
       {"avx2", &avx2::kOps,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

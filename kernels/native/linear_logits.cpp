@@ -1,73 +1,18 @@
-#include "dense.h"
+#include <cstring>
+
 #include "dtypes.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "sums.h"
+#include "unroll.h"
 #include "widen.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-// Fetches one of `shares` parts of the `count` values from `first` on: a panel of the weights is contiguous, but read in
-// short pieces of many rows, which the hardware does not see coming.
-template <class W>
-void prefetch_share(const W* weights, std::int64_t first, std::int64_t end, std::int64_t share, std::int64_t shares,
-                    std::int64_t count) {
-  constexpr std::int64_t kLine = 64 / sizeof(W);
-  const std::int64_t stop = first + count * (share + 1) / shares;
-  for (std::int64_t at = first + count * share / shares; at < stop && at < end; at += kLine) {
-    __builtin_prefetch(weights + at);
-  }
-}
-
-template <class Dot, class X, class W>
-void product(const LinearLogits& args) {
-  const X* x = static_cast<const X*>(args.x);
-  const W* weights = static_cast<const W*>(args.weight);
-  const std::int64_t units = args.columns / Dot::kColumns;
-  const std::int64_t blocks = (units + Dot::kUnits - 1) / Dot::kUnits;
-  const std::int64_t panels = (args.outputs + Totals::kStride - 1) / Totals::kStride;
-  const int team = team_size(args.threads, args.rows * args.columns * args.outputs);
-  for (std::int64_t first = 0; first < args.rows; first += kChunkRows) {
-    const std::int64_t rows = args.rows - first < kChunkRows ? args.rows - first : kChunkRows;
-    auto* packed = scratch<std::uint32_t>(static_cast<std::size_t>(rows * blocks) * Dot::kUnits);
-    const auto pack = [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t row = begin; row < end; ++row) {
-        pack_units<Dot>(x + (first + row) * args.columns, units, rows * Dot::kUnits, packed + row * Dot::kUnits);
-      }
-    };
-    const auto multiply = [&](std::int64_t begin, std::int64_t end) {
-      Tile<Dot> tile;
-      Totals totals;
-      for (std::int64_t panel = begin; panel < end; ++panel) {
-        const std::int64_t column = panel * Totals::kStride;
-        std::memset(totals.values, 0, static_cast<std::size_t>(rows * Totals::kStride) * sizeof(float));
-        for (std::int64_t block = 0; block < blocks; ++block) {
-          prefetch_share(weights, (column + Totals::kStride) * args.columns, args.outputs * args.columns, block, blocks,
-                         Totals::kStride * args.columns);
-          for (int group = 0; group < kTileGroups; ++group) {
-            const W* group_rows[kGroup];
-            for (int i = 0; i < kGroup; ++i) {
-              const std::int64_t output = column + group * kGroup + i;
-              group_rows[i] = output < args.outputs ? weights + output * args.columns : nullptr;
-            }
-            transpose_block<Dot>(group_rows, block * Dot::kUnits, units, tile.words + group * Tile<Dot>::kGroupWords);
-          }
-          const TileSource<Dot, false> source{tile.words, nullptr, 0};
-          multiply_rows<Dot, kTileGroups>(source, packed + block * rows * Dot::kUnits, rows, totals);
-        }
-        store_totals(totals.values, Totals::kStride, rows, column, kTileGroups, nullptr, args.y + first * args.outputs,
-                     args.outputs);
-      }
-    };
-    parallel_phases(team, rows, pack, panels, multiply);
-  }
-}
-#endif
-
-// Without bf16 instructions lanes are columns of x and of the weights: nothing is transposed and nothing broadcast. An
-// output is one chain of products a lane, columns ascending, and then the lanes' sum.
+// Lanes are columns of x and of the weights: nothing is transposed and nothing broadcast. An output is one chain of
+// products a lane, columns ascending, and then the lanes' sum.
 
 // How a step reads one row of weights: kVectors vectors, which pair up with as many of x in the order that `pack` gives.
 template <class W>
@@ -77,7 +22,7 @@ struct Step {
   static void read(const W* p, Vec (&weights)[kVectors]) { weights[0] = load(p); }
   static void pack(const float (&x)[kColumns], float* packed) { std::memcpy(packed, x, sizeof x); }
 };
-#if defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
 template <>
 struct Step<Bf16> {
   static constexpr int kVectors = 2;
@@ -124,7 +69,12 @@ class RowProduct {
   static constexpr int kColumns = Step<W>::kColumns, kVectors = Step<W>::kVectors;
   static constexpr std::int64_t kFewRows = 2;  // of x, which meet the weights as they come from memory
   static constexpr std::int64_t kPanel = 8;    // rows of weights that are widened for all rows of x
-  static constexpr int kTileRows = 3, kTileOutputs = 4;  // of x and of weights: as many sums as the registers hold
+  // Of x and of weights: as many sums as the registers hold.
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+  static constexpr int kTileRows = 4, kTileOutputs = 4;
+#else
+  static constexpr int kTileRows = 3, kTileOutputs = 4;
+#endif
 
   void pack_row(const X* x, float* packed) const {
     for (std::int64_t column = 0; column < width_; column += kColumns) {
@@ -191,10 +141,7 @@ class RowProduct {
       }
       step(column, [&](auto o) __attribute__((always_inline)) { return last[o.value]; });
     }
-    unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
-      constexpr int kRow = decltype(i)::value / kOutputs, kOutput = decltype(i)::value % kOutputs;
-      args_.y[kRow * args_.outputs + output + kOutput] = sum(sums[kRow][kOutput]);
-    });
+    store_sums(sums, args_.y + output, args_.outputs);
   }
 
   // A panel of weights in the order of packed x, and then all rows of x on it: the same chains of products.
@@ -265,10 +212,7 @@ class RowProduct {
         });
       });
     }
-    unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
-      constexpr int kRow = decltype(i)::value / kOutputs, kOutput = decltype(i)::value % kOutputs;
-      args_.y[(row + kRow) * args_.outputs + output + kOutput] = sum(sums[kRow][kOutput]);
-    });
+    store_sums(sums, args_.y + row * args_.outputs + output, args_.outputs);
   }
 
   const LinearLogits& args_;
@@ -281,11 +225,6 @@ class RowProduct {
 }  // namespace
 
 void linear_logits(const LinearLogits& args) {
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-  if (args.x_dtype == Dtype::kBfloat16 && args.weight_dtype == Dtype::kBfloat16 && args.columns % 2 == 0) {
-    return product<PairDot, Bf16, Bf16>(args);
-  }
-#endif
   if (args.x_dtype == Dtype::kBfloat16) return RowProduct<Bf16, Bf16>(args).run();
   with_type(args.weight_dtype, [&](auto weight) { RowProduct<float, typename decltype(weight)::type>(args).run(); });
 }

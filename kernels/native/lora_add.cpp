@@ -76,13 +76,6 @@ class Update {
 
   void shrink_inputs(const Task& task, const Factor<W>& a, float* t, float* wide) const {
     const std::int64_t first = task.token * args_.columns;
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-    if constexpr (kIsBf16<W>) {
-      if (args_.dtype == Dtype::kBfloat16) {
-        return shrink<PairRows>(static_cast<const Bf16*>(args_.x) + first, task.tokens, a, t);
-      }
-    }
-#endif
     widen_row(static_cast<const T*>(args_.x) + first, task.tokens * args_.columns, wide);
     shrink_wide(wide, task.tokens, a, t);
   }

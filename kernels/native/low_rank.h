@@ -8,6 +8,7 @@
 
 #include "dtypes.h"
 #include "scratch.h"
+#include "sums.h"
 #include "unroll.h"
 #include "widen.h"
 
@@ -15,7 +16,7 @@ namespace peftserve::PEFTSERVE_ISA {
 
 constexpr int kRankPage = 8;              // rank rows in a page
 constexpr int kRankTile = 4;              // rank rows side by side in registers
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
 constexpr int kTokenTile = 4;
 #else
 constexpr int kTokenTile = 3;
@@ -51,19 +52,6 @@ struct WideRows {
   static Vec dot(Vec sum, Vec weight, Vec x) { return fma(weight, x, sum); }
 };
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-// PairRows: both bfloat16, two columns a lane, summed in float32.
-struct PairRows {
-  using Input = Bf16;
-  using Weight = Bf16;
-  using Operand = __m512i;
-  static constexpr int kColumns = 2 * kLanes;
-  static __m512i read(const Bf16* p) { return load_pairs(p); }
-  static __m512i read_first(const Bf16* p, int count) { return load_first_pairs(p, count); }
-  static Vec dot(Vec sum, __m512i weight, __m512i x) { return dot_pairs(sum, weight, x); }
-};
-#endif
-
 // t[m, i] for kTokens rows of x and kRanks adjacent rows of a.
 template <class Rows, int kTokens, int kRanks>
 inline void shrink_tile(const typename Rows::Input* x, const typename Rows::Weight* a, std::int64_t columns, float* t,
@@ -89,10 +77,7 @@ inline void shrink_tile(const typename Rows::Input* x, const typename Rows::Weig
     const int left = static_cast<int>(columns - column);
     step([&](const auto* row) __attribute__((always_inline)) { return Rows::read_first(row + column, left); });
   }
-  unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-    constexpr int kToken = decltype(i)::value / kRanks, kRank = decltype(i)::value % kRanks;
-    t[kToken * t_stride + kRank] = sum(sums[kToken][kRank]);
-  });
+  store_sums(sums, t, t_stride);
 }
 
 // body(Index<n>, m) for tiles of n tokens from m on: whole ones, a pair, and single ones.
@@ -148,6 +133,13 @@ inline void shrink_wide(const float* x, std::int64_t tokens, const Factor<W>& a,
 constexpr int kPanelVectors = 4;
 constexpr int kPanel = kPanelVectors * kLanes;  // columns of the product that are computed together
 
+// The cache lines of a row's next panel.
+template <class W>
+[[gnu::always_inline]] inline void prefetch_next_panel(const W* row) {
+  constexpr int kLine = 64 / sizeof(W);
+  for (int at = 0; at < kPanel; at += kLine) __builtin_prefetch(row + kPanel + at);
+}
+
 // kPanel columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last column. The next panel's are
 // fetched meanwhile: rows lie so far apart that the hardware does not foresee it.
 template <class W>
@@ -155,7 +147,7 @@ inline void widen_panel(const Factor<W>& b, std::int64_t first, float* wide) {
   const std::int64_t count = b.width - first < kPanel ? b.width - first : kPanel;
   for (std::int64_t i = 0; i < b.rank; ++i, wide += kPanel) {
     const W* row = b.row(i) + first;
-    __builtin_prefetch(row + kPanel);
+    prefetch_next_panel(row);
     if (count == kPanel) {
       unroll<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
         store(wide + v.value * kLanes, load(row + v.value * kLanes));
@@ -206,7 +198,7 @@ inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, cons
     if (tokens <= 2 && count == kPanel) {  // as much work as widening them beforehand
       tiles([&](std::int64_t i) __attribute__((always_inline)) {
         const W* row = b.row(i) + first;
-        __builtin_prefetch(row + kPanel);
+        prefetch_next_panel(row);
         return row;
       });
     } else {

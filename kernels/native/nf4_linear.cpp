@@ -2,11 +2,12 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "shorts.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-// bitsandbytes' levels (functional.get_4bit_type), and the same rounded to bfloat16.
+// bitsandbytes' levels (functional.get_4bit_type).
 alignas(64) constexpr float kLevels[16] = {
     -1.0f,
     -0.6961928009986877f,
@@ -32,7 +33,7 @@ constexpr int kColumnOfNibble[kCell] = {1, 0, 3, 2, 5, 4, 7, 6};
 // Up to how many rows weights are decoded on the way to the product, and for how many groups at a time.
 template <class Dot>
 struct Fused {
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
   static constexpr int kRows = 8;
   static constexpr int groups(int rows) { return rows <= 4 ? 4 : 3; }
 #elif defined(PEFTSERVE_SIMD_AVX2)
@@ -68,31 +69,7 @@ void pack_row(FloatDot, const T* x, std::int64_t columns, std::ptrdiff_t block_s
   }
 }
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-template <>
-PairDot::Levels levels<PairDot>() {
-  alignas(32) Bf16 narrow[16];
-  store(narrow, load(kLevels));
-  return load_pair_table(narrow);
-}
-
-// A word holds four columns in its low half and the next four in its high half; a unit pairs one of each.
-void pack_row(PairDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
-  alignas(64) std::uint16_t order[32];
-  for (int i = 0; i < 32; ++i) {
-    order[i] = static_cast<std::uint16_t>(i / kCell * kCell + kColumnOfNibble[i % kCell / 2] + i % 2 * 4);
-  }
-  const __m512i index = _mm512_load_si512(order);
-  for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512i values = _mm512_loadu_si512(x + column + half * 32);
-      _mm512_storeu_si512(units + half * 16, _mm512_permutexvar_epi16(index, values));
-    }
-  }
-}
-#endif
-
-#if defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
 template <>
 ShortDot::Levels levels<ShortDot>() {
   alignas(32) std::int16_t shorts[16];
@@ -103,38 +80,8 @@ ShortDot::Levels levels<ShortDot>() {
   return load_short_table(shorts);
 }
 
-// The largest magnitude among 64 bf16, as bits; from 0x7f80 on it is infinite or NaN.
-int largest_bits(const Bf16* x) {
-  __m256i largest = _mm256_setzero_si256();
-  for (int at = 0; at < kBlock; at += 16) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + at));
-    largest = _mm256_max_epi16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
-  }
-  // the smallest of the complements, found by the one horizontal instruction there is
-  const __m128i half = _mm_max_epi16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-  return 0xffff ^ (_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)))) & 0xffff);
-}
-
-// A block that holds an infinity or NaN gives NaN: its scale is NaN. One of nothing but zeros (or magnitudes below
-// 1e-34, whose inverse overflows) counts as zero.
 void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
-  // columns 1 3 5 7 of a cell, then 0 2 4 6
-  const __m128i order = _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
-  for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits(x + column)) << 16;
-    float largest;
-    std::memcpy(&largest, &bits, sizeof largest);
-    const bool is_finite = bits < 0x7f800000u, is_zero = largest < 1e-34f;
-    const float scale = is_finite ? largest / (ShortDot::kLargest * ShortDot::kLargestLevel) : __builtin_nanf("");
-    const Vec factor = broadcast(!is_finite || is_zero ? 0.0f : ShortDot::kLargest / largest);
-    for (int cell = 0; cell < kBlock / kCell; ++cell) {
-      const __m256i whole = _mm256_cvtps_epi32(mul(load(x + column + cell * kCell), factor));
-      const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(units + cell * 4), _mm_shuffle_epi8(shorts, order));
-    }
-    const float kept = is_zero ? 0.0f : scale;
-    std::memcpy(units + ShortDot::kBlockUnits, &kept, sizeof kept);
-  }
+  pack_shorts(x, columns, block_stride, units);
 }
 #endif
 
@@ -280,7 +227,7 @@ class Product {
     for (std::int64_t block = 0; block < blocks_; ++block) {
       const PackedSource<Dot> packed = source(group, block);
       decode<kGroups>(packed, tile);
-      const TileSource<Tiled, true> decoded{tile.words, packed.scales, packed.scale_stride};
+      const TileSource<Tiled> decoded{tile.words, packed.scales, packed.scale_stride};
       multiply_rows<Tiled, kGroups>(decoded, units + block * rows * Dot::kUnits, rows, totals);
     }
     store_totals(totals.values, Totals::kStride, rows, group * kGroup, kGroups, args_.bias, y_ + first * args_.outputs,
@@ -335,9 +282,7 @@ void nf4_linear(const Nf4Linear& args) {
     case Dtype::kFloat32:
       return Product<FloatDot, float>(args).run();
     case Dtype::kBfloat16:
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-      return Product<PairDot, Bf16>(args).run();
-#elif defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
       return Product<ShortDot, Bf16>(args).run();
 #else
       return Product<FloatDot, Bf16>(args).run();

@@ -162,7 +162,7 @@ struct Ops {
   void (*sample)(const Sample&);
 };
 
-namespace avx512_bf16 {
+namespace avx512_vnni {
 extern const Ops kOps;
 }
 namespace avx2 {

@@ -8,9 +8,7 @@
 // anything there.
 #include <cstring>
 
-#include "dense.h"
 #include "dtypes.h"
-#include "gemm.h"
 #include "kernels.h"
 #include "math.h"
 #include "parallel.h"
@@ -27,7 +25,7 @@ constexpr std::int64_t kTaskRows = 64;       // rows (queries x heads) a task, u
 constexpr float kInfinity = __builtin_inff();
 
 // Rows side by side in registers, and the vectors of keys (or of a value) that each of so many rows has there.
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
 constexpr int kTile = 4;
 constexpr int pass(int) { return 4; }
 #elif defined(PEFTSERVE_SIMD_AVX2)
@@ -61,20 +59,15 @@ Range within(std::int64_t block, std::int64_t first, std::int64_t end) {
 // How many lanes of a vector `count` values fill.
 int lanes_of(std::int64_t count) { return count < kLanes ? static_cast<int>(count) : kLanes; }
 
-// One head of one query as units.
-void pack_query(FloatDot, const void* q, Dtype dtype, std::int64_t at, std::int64_t columns, std::uint32_t* units) {
+// One head of one query, widened.
+void read_query(const void* q, Dtype dtype, std::int64_t at, std::int64_t columns, float* query) {
   with_type(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    widen_row(static_cast<const T*>(q) + at, columns, reinterpret_cast<float*>(units));
+    widen_row(static_cast<const T*>(q) + at, columns, query);
   });
 }
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-void pack_query(PairDot, const void* q, Dtype, std::int64_t at, std::int64_t columns, std::uint32_t* units) {
-  std::memcpy(units, static_cast<const Bf16*>(q) + at, static_cast<std::size_t>(columns) * sizeof(Bf16));
-}
-#endif
 
-template <class Dot, class T>
+template <class T>
 class Attention {
  public:
   explicit Attention(const PagedAttention& args)
@@ -82,9 +75,7 @@ class Attention {
         k_(static_cast<const T*>(args.k_cache)),
         v_(static_cast<const T*>(args.v_cache)),
         shared_(args.num_heads / args.num_kv_heads),
-        units_(args.head_dim / Dot::kColumns),
-        unit_stride_((units_ + kLanes - 1) / kLanes * kLanes),
-        sum_stride_((args.head_dim + kLanes - 1) / kLanes * kLanes),
+        stride_((args.head_dim + kLanes - 1) / kLanes * kLanes),
         pairs_(Pairs<T>::kSplit ? args.head_dim / kPair : 0) {
     for (int i = 0; i < kKeys; ++i) positions_[i] = static_cast<float>(i);
   }
@@ -107,29 +98,37 @@ class Attention {
       }
     }
     const int team = team_size(args_.threads, 2 * seen * args_.num_heads * args_.head_dim);
-    parallel_tasks(team, count, [&](std::int64_t index) { attend(tasks[index]); });
+    // Threads take tasks in turns: what a thread takes next is most likely as many tasks away as there are threads.
+    parallel_tasks(team, count, [&](std::int64_t index) {
+      attend(tasks[index], index + team < count ? &tasks[index + team] : nullptr);
+    });
   }
 
  private:
-  // What a thread works in: the rows of a task, the keys of a block, and where its values lie.
+  // Where in the caches the positions of a block begin; only those in the range.
+  struct Block {
+    Range range;
+    std::int64_t at[kKeys];
+  };
+
+  // What a thread works in: the rows of a task and the keys of a block.
   struct Memory {
-    std::uint32_t* keys;     // [unit][kKeys]
-    std::uint32_t* queries;  // [rows][unit_stride]
-    float* sums;             // [rows][sum_stride], of weights x values
-    float* maximum;          // [rows], of scores
-    float* total;            // [rows], of weights
-    const T* values[kKeys];
+    float* keys;     // [column][kKeys]
+    float* queries;  // [rows][stride]
+    float* sums;     // [rows][stride], of weights x values
+    float* maximum;  // [rows], of scores
+    float* total;    // [rows], of weights
   };
 
   std::int64_t queries(std::int64_t s) const { return args_.query_start[s + 1] - args_.query_start[s]; }
 
   Memory memory(std::int64_t rows) const {
-    const std::int64_t keys = unit_stride_ * kKeys, queries = rows * unit_stride_, sums = rows * sum_stride_;
+    const std::int64_t keys = stride_ * kKeys, size = rows * stride_;
     Memory work;
-    work.keys = scratch<std::uint32_t>(static_cast<std::size_t>(keys + queries + sums + 2 * rows));
+    work.keys = scratch<float>(static_cast<std::size_t>(keys + 2 * size + 2 * rows));
     work.queries = work.keys + keys;
-    work.sums = reinterpret_cast<float*>(work.queries + queries);
-    work.maximum = work.sums + sums;
+    work.sums = work.queries + size;
+    work.maximum = work.sums + size;
     work.total = work.maximum + rows;
     return work;
   }
@@ -139,34 +138,38 @@ class Attention {
     return ((task.token + row / shared_) * args_.num_heads + task.kv_head * shared_ + row % shared_) * args_.head_dim;
   }
 
-  // Where a position lies in the caches.
-  std::int64_t entry(const Task& task, std::int64_t page, std::int64_t in_page) const {
-    const std::int64_t id = args_.block_tables[task.sequence * args_.max_blocks + page];
-    return ((id * args_.num_kv_heads + task.kv_head) * args_.page_size + in_page) * args_.head_dim;
-  }
-
   std::int64_t first_seen(std::int64_t position) const {
     return args_.window > 0 && position >= args_.window ? position - args_.window + 1 : 0;
   }
 
-  void attend(const Task& task) const {
+  void attend(const Task& task, const Task* following) const {
     const std::int64_t rows = task.queries * shared_;
     Memory work = memory(rows);
     for (std::int64_t row = 0; row < rows; ++row) {
-      pack_query(Dot{}, args_.q, args_.dtype, offset(task, row), args_.head_dim, work.queries + row * unit_stride_);
+      read_query(args_.q, args_.dtype, offset(task, row), args_.head_dim, work.queries + row * stride_);
       work.maximum[row] = -kInfinity;
       work.total[row] = 0.0f;
     }
-    std::memset(work.sums, 0, static_cast<std::size_t>(rows * sum_stride_) * sizeof(float));
+    std::memset(work.sums, 0, static_cast<std::size_t>(rows * stride_) * sizeof(float));
 
     const std::int64_t first = first_seen(task.position), end = task.position + task.queries;
-    for (std::int64_t block = first / kKeys * kKeys; block < end; block += kKeys) {
-      prefetch(k_, task, block + kKeys, end);
-      read_block(task, block, within(block, first, end), work);
-      prefetch(v_, task, block + kKeys, end);
+    Block blocks[2];
+    locate(task, first, end, first / kKeys * kKeys, blocks[0]);
+    for (std::int64_t number = first / kKeys; number * kKeys < end; ++number) {
+      const Block& block = blocks[(number - first / kKeys) % 2];
+      Block& next = blocks[(number - first / kKeys + 1) % 2];
+      if ((number + 1) * kKeys < end) {
+        locate(task, first, end, (number + 1) * kKeys, next);
+      } else if (following != nullptr) {
+        const std::int64_t start = first_seen(following->position);
+        locate(*following, start, following->position + following->queries, start / kKeys * kKeys, next);
+      } else {
+        next.range = {0, 0};
+      }
+      read_keys(block, next, work);
       std::int64_t row = 0;
-      for (; row + kTile <= rows; row += kTile) tile<kTile>(task, block, row, work);
-      last_rows<kTile - 1>(task, block, row, rows, work);
+      for (; row + kTile <= rows; row += kTile) tile<kTile>(task, number * kKeys, block, row, work);
+      last_rows<kTile - 1>(task, number * kKeys, block, row, rows, work);
     }
     with_type(args_.dtype, [&](auto element) {
       finish(static_cast<typename decltype(element)::type*>(args_.out), task, rows, work);
@@ -174,123 +177,132 @@ class Attention {
   }
 
   template <int kRows>
-  void last_rows(const Task& task, std::int64_t block, std::int64_t row, std::int64_t rows, const Memory& work) const {
+  void last_rows(const Task& task, std::int64_t start, const Block& block, std::int64_t row, std::int64_t rows,
+                 const Memory& work) const {
     if constexpr (kRows > 0) {
       if (rows - row == kRows) {
-        tile<kRows>(task, block, row, work);
+        tile<kRows>(task, start, block, row, work);
       } else {
-        last_rows<kRows - 1>(task, block, row, rows, work);
+        last_rows<kRows - 1>(task, start, block, row, rows, work);
       }
     }
   }
 
-  // Asks for the keys or the values of a block: pages lie anywhere, which the processor does not foresee. Inlined,
-  // since GCC takes a function that only prefetches for one without effect.
-  [[gnu::always_inline]] void prefetch(const T* cache, const Task& task, std::int64_t block, std::int64_t end) const {
-    const std::int64_t last = block + kKeys < end ? block + kKeys : end;
-    for (std::int64_t at = block; at < last;) {
-      const std::int64_t page = at / args_.page_size, in_page = at % args_.page_size;
-      const std::int64_t here = args_.page_size - in_page < last - at ? args_.page_size - in_page : last - at;
-      const T* from = cache + entry(task, page, in_page);
-      for (std::int64_t i = 0; i < here * args_.head_dim; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
-      at += here;
+  // The block that begins at position `start`, as far as a task sees positions first .. end.
+  void locate(const Task& task, std::int64_t first, std::int64_t end, std::int64_t start, Block& block) const {
+    block.range = within(start, first, end);
+    std::int64_t position = start + block.range.first;
+    for (int j = block.range.first; j < block.range.end;) {
+      const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
+      const std::int64_t id = args_.block_tables[task.sequence * args_.max_blocks + page];
+      std::int64_t at = ((id * args_.num_kv_heads + task.kv_head) * args_.page_size + in_page) * args_.head_dim;
+      const std::int64_t left = args_.page_size - in_page, here = left < block.range.end - j ? left : block.range.end - j;
+      for (std::int64_t i = 0; i < here; ++i, at += args_.head_dim) block.at[j + i] = at;
+      j += static_cast<int>(here);
+      position += here;
     }
   }
 
-  // Transposes the keys of the positions `read`, zeros for the others, and notes where the values lie.
-  void read_block(const Task& task, std::int64_t block, Range read, Memory& work) const {
-    const T* keys[kKeys] = {};
-    std::int64_t page = (block + read.first) / args_.page_size, in_page = (block + read.first) % args_.page_size;
-    for (int j = read.first; j < read.end; ++j) {
-      const std::int64_t from = entry(task, page, in_page);
-      keys[j] = k_ + from;
-      work.values[j] = v_ + from;
-      if (++in_page == args_.page_size) {
-        in_page = 0;
-        ++page;
-      }
-    }
+  // Transposes the keys of a block, zeros for positions outside its range. Meanwhile the keys and values of the next block
+  // are fetched: pages lie anywhere, which the processor does not foresee.
+  void read_keys(const Block& block, const Block& next, Memory& work) const {
     for (int group = 0; group < kKeys; group += kLanes) {
-      const bool seen = group + kLanes > read.first && group < read.end;
+      const bool any = group + kLanes > block.range.first && group < block.range.end;
+      const T* keys[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int j = group + i;
+        keys[i] = j >= block.range.first && j < block.range.end ? k_ + block.at[j] : nullptr;
+      }
       if constexpr (Pairs<T>::kSplit) {
         for (std::int64_t pair = 0; pair < pairs_; ++pair) {
-          transpose_pairs(keys + group, pair * kPair, seen, work.keys + pair * kPair * kKeys + group);
+          prefetch(next, group, pair * kPair);
+          transpose_pairs(keys, pair * kPair, any, work.keys + pair * kPair * kKeys + group);
         }
       }
-      for (std::int64_t unit = pairs_ * kPair; unit < units_; unit += kLanes) {
+      for (std::int64_t column = pairs_ * kPair; column < args_.head_dim; column += kLanes) {
+        prefetch(next, group, column);
         Vec square[kLanes];
-        const int count = lanes_of(units_ - unit);
-        for (int i = 0; i < kLanes; ++i) {
-          const T* key = keys[group + i];
-          square[i] = key == nullptr ? zero() : load_units(Dot{}, key, unit, count);
-        }
-        if (seen) transpose(square);
-        float* to = reinterpret_cast<float*>(work.keys + unit * kKeys + group);
+        const int count = lanes_of(args_.head_dim - column);
+        for (int i = 0; i < kLanes; ++i) square[i] = keys[i] == nullptr ? zero() : load_part(keys[i] + column, count);
+        if (any) transpose(square);
+        float* to = work.keys + column * kKeys + group;
         for (int i = 0; i < kLanes; ++i) store(to + i * kKeys, square[i]);
       }
     }
   }
 
-  // Sixteen columns of eight keys: transposed two columns at a time and split afterwards, half the shuffles.
-  void transpose_pairs(const T* const* keys, std::int64_t column, bool seen, std::uint32_t* to) const {
+  // Fetches the cache lines at one column of the keys and values of kLanes positions. Inlined, since GCC takes a function
+  // that only prefetches for one without effect.
+  [[gnu::always_inline]] void prefetch(const Block& block, int group, std::int64_t column) const {
+    const int first = group > block.range.first ? group : block.range.first;
+    const int end = group + kLanes < block.range.end ? group + kLanes : block.range.end;
+    for (int j = first; j < end; ++j) {
+      __builtin_prefetch(k_ + block.at[j] + column);
+      __builtin_prefetch(v_ + block.at[j] + column);
+    }
+  }
+
+  // Sixteen columns of eight keys (or 32 of sixteen): transposed two columns at a time and split afterwards, half the
+  // shuffles.
+  void transpose_pairs(const T* const* keys, std::int64_t column, bool any, float* to) const {
     Vec square[kLanes];
     for (int i = 0; i < kLanes; ++i) square[i] = keys[i] == nullptr ? zero() : Pairs<T>::load(keys[i] + column);
-    if (seen) transpose(square);
+    if (any) transpose(square);
     for (int i = 0; i < kLanes; ++i) {
       Vec even, odd;
       Pairs<T>::split(square[i], even, odd);
-      store(reinterpret_cast<float*>(to) + 2 * i * kKeys, even);
-      store(reinterpret_cast<float*>(to) + (2 * i + 1) * kKeys, odd);
+      store(to + 2 * i * kKeys, even);
+      store(to + (2 * i + 1) * kKeys, odd);
     }
   }
 
   template <int kRows>
-  void tile(const Task& task, std::int64_t block, std::int64_t row, const Memory& work) const {
+  void tile(const Task& task, std::int64_t start, const Block& block, std::int64_t row, const Memory& work) const {
     Range seen[kRows];
     Range common{0, kKeys};
     bool any = false;
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t position = task.position + (row + r) / shared_;
-      seen[r] = within(block, first_seen(position), position + 1);
+      seen[r] = within(start, first_seen(position), position + 1);
       any = any || !seen[r].empty();
       common.first = seen[r].first > common.first ? seen[r].first : common.first;
       common.end = seen[r].end < common.end ? seen[r].end : common.end;
     }
     if (!any) return;
     alignas(64) float weights[kRows][kKeys];
-    score<kRows>(work.queries + row * unit_stride_, work.keys, weights);
+    score<kRows>(work.queries + row * stride_, work.keys, weights);
     for (int r = 0; r < kRows; ++r) {
       if (!seen[r].empty()) soften(weights[r], seen[r], row + r, work);
     }
     // Most blocks are seen whole by all rows; at the ends each row has its own positions besides the common ones.
-    float* sums = work.sums + row * sum_stride_;
+    float* sums = work.sums + row * stride_;
     if (common.empty()) common.first = common.end = kKeys;
     for (int r = 0; r < kRows; ++r) {
       const int end = common.first < seen[r].end ? common.first : seen[r].end;
-      add_values<1>(weights + r, {seen[r].first, end}, work.values, sums + r * sum_stride_);
+      add_values<1>(weights + r, {seen[r].first, end}, block.at, sums + r * stride_);
     }
-    add_values<kRows>(weights, common, work.values, sums);
+    add_values<kRows>(weights, common, block.at, sums);
     for (int r = 0; r < kRows; ++r) {
-      add_values<1>(weights + r, {common.end, seen[r].end}, work.values, sums + r * sum_stride_);
+      add_values<1>(weights + r, {common.end, seen[r].end}, block.at, sums + r * stride_);
     }
   }
 
   // scores[r][j] = q[r] . k[j]
   template <int kRows>
-  void score(const std::uint32_t* q, const std::uint32_t* keys, float (&scores)[kRows][kKeys]) const {
+  void score(const float* q, const float* keys, float (&scores)[kRows][kKeys]) const {
     constexpr int kPass = pass(kRows), kCount = kRows * kPass;
     for (int group = 0; group < kKeys; group += kPass * kLanes) {
       Vec dots[kRows][kPass];
       unroll<kCount>([&](auto i) __attribute__((always_inline)) { dots[i.value / kPass][i.value % kPass] = zero(); });
-      for (std::int64_t unit = 0; unit < units_; ++unit) {
-        decltype(Dot::broadcast(q)) x[kRows];
+      for (std::int64_t column = 0; column < args_.head_dim; ++column) {
+        Vec x[kRows];
         unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-          x[r.value] = Dot::broadcast(q + r.value * unit_stride_ + unit);
+          x[r.value] = broadcast(q[r.value * stride_ + column]);
         });
         unroll<kPass>([&](auto v) __attribute__((always_inline)) {
-          const auto k = Dot::read(keys + unit * kKeys + group + v.value * kLanes);
+          const Vec k = opaque(load(keys + column * kKeys + group + v.value * kLanes));
           unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-            dots[r.value][v.value] = Dot::dot(dots[r.value][v.value], k, x[r.value]);
+            dots[r.value][v.value] = fma(k, x[r.value], dots[r.value][v.value]);
           });
         });
       }
@@ -324,40 +336,40 @@ class Attention {
     }
     if (now > before) {
       const Vec factor = exp(broadcast(before - now));
-      float* sums = work.sums + row * sum_stride_;
-      for (std::int64_t i = 0; i < sum_stride_; i += kLanes) store(sums + i, mul(load(sums + i), factor));
+      float* sums = work.sums + row * stride_;
+      for (std::int64_t i = 0; i < stride_; i += kLanes) store(sums + i, mul(load(sums + i), factor));
       work.total[row] *= factor[0];
       work.maximum[row] = now;
     }
     work.total[row] += sum(weight);
   }
 
-  // sums[r] += weights[r][j] * v[j], j ascending
+  // sums[r] += weights[r][j] * v[j], j ascending; v[j] begins at `at[j]`
   template <int kRows>
-  void add_values(const float (*weights)[kKeys], Range range, const T* const* values, float* sums) const {
+  void add_values(const float (*weights)[kKeys], Range range, const std::int64_t* at, float* sums) const {
     if (range.empty()) return;
     std::int64_t column = 0;
     const auto wide = [&](auto count) {
       constexpr int kCount = decltype(count)::value;
       for (; column + kCount * kLanes <= args_.head_dim; column += kCount * kLanes) {
-        add_columns<kRows, kCount>(weights, range, values, column, kLanes, sums + column);
+        add_columns<kRows, kCount>(weights, range, at, column, kLanes, sums + column);
       }
     };
     wide(Index<pass(kRows)>{});
     if constexpr (Pairs<T>::kSplit && pass(kRows) > 2) wide(Index<2>{});
     for (; column < args_.head_dim; column += kLanes) {
-      add_columns<kRows, 1>(weights, range, values, column, lanes_of(args_.head_dim - column), sums + column);
+      add_columns<kRows, 1>(weights, range, at, column, lanes_of(args_.head_dim - column), sums + column);
     }
   }
 
   // kCount vectors of columns from `column` on, `lanes` of them each.
   template <int kRows, int kCount>
-  void add_columns(const float (*weights)[kKeys], Range range, const T* const* values, std::int64_t column, int lanes,
+  void add_columns(const float (*weights)[kKeys], Range range, const std::int64_t* at, std::int64_t column, int lanes,
                    float* sums) const {
     Vec sum[kRows][kCount];
     unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
       constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
-      sum[kRow][kVector] = load(sums + kRow * sum_stride_ + kVector * kLanes);
+      sum[kRow][kVector] = load(sums + kRow * stride_ + kVector * kLanes);
     });
     for (int j = range.first; j < range.end; ++j) {
       Vec weight[kRows];
@@ -367,7 +379,7 @@ class Attention {
           sum[r.value][v.value] = fma(weight[r.value], value, sum[r.value][v.value]);
         });
       };
-      const T* from = values[j] + column;
+      const T* from = v_ + at[j] + column;
       if constexpr (Pairs<T>::kSplit && kCount > 1) {
         unroll<kCount / 2>([&](auto pair) __attribute__((always_inline)) {
           Vec even, odd;
@@ -384,7 +396,7 @@ class Attention {
     }
     unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
       constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
-      store(sums + kRow * sum_stride_ + kVector * kLanes, sum[kRow][kVector]);
+      store(sums + kRow * stride_ + kVector * kLanes, sum[kRow][kVector]);
     });
   }
 
@@ -392,7 +404,7 @@ class Attention {
   void finish(Out* out, const Task& task, std::int64_t rows, const Memory& work) const {
     for (std::int64_t row = 0; row < rows; ++row) {
       const Vec total = broadcast(work.total[row]);
-      const float* sums = work.sums + row * sum_stride_;
+      const float* sums = work.sums + row * stride_;
       Out* to = out + offset(task, row);
       const std::int64_t joined = pairs_ * kPair;
       if constexpr (Pairs<T>::kSplit) {
@@ -413,9 +425,7 @@ class Attention {
   const T* k_;
   const T* v_;
   std::int64_t shared_;       // heads that read one KV head
-  std::int64_t units_;        // 32-bit operands a head
-  std::int64_t unit_stride_;  // room for them, in whole vectors
-  std::int64_t sum_stride_;
+  std::int64_t stride_;       // room for the columns of a head, in whole vectors
   // Pairs of vectors in a head whose elements are widened two in a word. Until the end the sums of such a pair lie as its
   // even and its odd columns.
   std::int64_t pairs_;
@@ -432,13 +442,8 @@ void paged_attention(const PagedAttention& args) {
     const auto padding = static_cast<std::size_t>((args.tokens - used) * row);
     std::memset(static_cast<Out*>(args.out) + used * row, 0, padding * sizeof(Out));
   });
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-  if (args.dtype == Dtype::kBfloat16 && args.cache_dtype == Dtype::kBfloat16 && args.head_dim % 2 == 0) {
-    return Attention<PairDot, Bf16>(args).run();
-  }
-#endif
   with_type(args.cache_dtype, [&](auto element) {
-    Attention<FloatDot, typename decltype(element)::type>(args).run();
+    Attention<typename decltype(element)::type>(args).run();
   });
 }
 

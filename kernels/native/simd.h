@@ -4,8 +4,8 @@
 // the standard library.
 #pragma once
 
-#if defined(PEFTSERVE_SIMD_AVX512_BF16)
-#include "simd/avx512_bf16.h"
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+#include "simd/avx512_vnni.h"
 #elif defined(PEFTSERVE_SIMD_AVX2)
 #include "simd/avx2.h"
 #else
@@ -18,7 +18,9 @@ namespace peftserve::PEFTSERVE_ISA {
 // what is summed in one order is not regrouped.
 template <class Register>
 [[gnu::always_inline]] inline Register opaque(Register x) {
-#if defined(__x86_64__)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+  asm("" : "+v"(x));  // all 32 registers; x names sixteen of them
+#elif defined(__x86_64__)
   asm("" : "+x"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));

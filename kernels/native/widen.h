@@ -18,11 +18,11 @@ template <class T>
 struct Pairs {
   static constexpr bool kSplit = false;
 };
-#if defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
 template <>
 struct Pairs<Bf16> {
   static constexpr bool kSplit = true;
-  static Vec load(const Bf16* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+  static Vec load(const Bf16* p) { return peftserve::PEFTSERVE_ISA::load(reinterpret_cast<const float*>(p)); }
   static void split(Vec pairs, Vec& even, Vec& odd) { split_pairs(pairs, even, odd); }
   static void join(Vec& even, Vec& odd) { join_pairs(even, odd); }
 };

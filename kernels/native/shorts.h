@@ -1,0 +1,91 @@
+// Rows of bfloat16 as 16-bit integers: the units of ShortDot, in the order of the nibbles of packed NF4.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "gemm.h"
+
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+
+namespace peftserve::PEFTSERVE_ISA {
+
+// Magnitudes below this count as zero, since their inverse overflows.
+constexpr float kZeroBelow = 1e-34f;
+
+// How a block is scaled, given its largest magnitude as the bits of a bf16: a column times `factor`, rounded, counts `unit`.
+// A block that holds an infinity or NaN gives NaN: its unit is NaN.
+struct BlockScale {
+  float factor, unit;
+};
+inline BlockScale block_scale(int largest_bits) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits) << 16;
+  if (bits >= 0x7f800000u) return {0.0f, __builtin_nanf("")};
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  if (largest < kZeroBelow) return {0.0f, 0.0f};
+  return {ShortDot::kLargest / largest, largest / ShortDot::kLargest};
+}
+
+// The largest of sixteen positive 16-bit integers, found by the one horizontal instruction there is: the smallest, of the
+// complements.
+inline int largest_of(__m256i x) {
+  const __m128i half = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  return 0xffff ^ (_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)))) & 0xffff);
+}
+
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+// The largest magnitude among 64 bf16, as bits; from 0x7f80 on it is infinite or NaN.
+inline int largest_bits(const Bf16* x) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  const __m512i largest = _mm512_max_epi16(_mm512_and_si512(_mm512_loadu_si512(x), magnitude),
+                                           _mm512_and_si512(_mm512_loadu_si512(x + 32), magnitude));
+  return largest_of(_mm256_max_epi16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1)));
+}
+
+// A word of packed NF4 holds four columns in its low half and the next four in its high half; a unit pairs one of each.
+inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
+  alignas(64) constexpr std::uint16_t kColumns[32] = {1,  5,  0,  4,  3,  7,  2,  6,  9,  13, 8,  12, 11, 15, 10, 14,
+                                                      17, 21, 16, 20, 19, 23, 18, 22, 25, 29, 24, 28, 27, 31, 26, 30};
+  for (int half = 0; half < 2; ++half) {
+    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(kColumns), _mm512_loadu_si512(x + half * 32));
+    Vec even, odd;
+    split_pairs(_mm512_castsi512_ps(pairs), even, odd);
+    const __m512i low = _mm512_cvtps_epi32(mul(even, factor)), high = _mm512_cvtps_epi32(mul(odd, factor));
+    _mm512_storeu_si512(units + half * 16, _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#else
+inline int largest_bits(const Bf16* x) {
+  __m256i largest = _mm256_setzero_si256();
+  for (int at = 0; at < kBlock; at += 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + at));
+    largest = _mm256_max_epi16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
+  }
+  return largest_of(largest);
+}
+
+inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
+  // columns 1 3 5 7 of a cell, then 0 2 4 6
+  const __m128i order = _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
+  for (int cell = 0; cell < kBlock / kCell; ++cell) {
+    const __m256i whole = _mm256_cvtps_epi32(mul(load(x + cell * kCell), factor));
+    const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(units + cell * 4), _mm_shuffle_epi8(shorts, order));
+  }
+}
+#endif
+
+// A row of x, its columns a multiple of 64, in blocks of units with their scales, which hold that of the levels too.
+inline void pack_shorts(const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
+  for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
+    const BlockScale scale = block_scale(largest_bits(x + column));
+    pack_block(x + column, broadcast(scale.factor), units);
+    const float unit = scale.unit / ShortDot::kLargestLevel;
+    std::memcpy(units + ShortDot::kBlockUnits, &unit, sizeof unit);
+  }
+}
+
+}  // namespace peftserve::PEFTSERVE_ISA
+
+#endif
