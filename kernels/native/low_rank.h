@@ -52,10 +52,21 @@ struct WideRows {
   static Vec dot(Vec sum, Vec weight, Vec x) { return fma(weight, x, sum); }
 };
 
+// What is fetched while a tile is computed, in the steps of its loop: rows are too short for the hardware to run ahead.
+struct Ahead {
+  const char* from = nullptr;
+  int step = 0;  // bytes
+
+  [[gnu::always_inline]] void fetch() {
+    for (int at = 0; at < step; at += 64) __builtin_prefetch(from + at);
+    from += step;
+  }
+};
+
 // t[m, i] for kTokens rows of x and kRanks adjacent rows of a.
 template <class Rows, int kTokens, int kRanks>
 inline void shrink_tile(const typename Rows::Input* x, const typename Rows::Weight* a, std::int64_t columns, float* t,
-                        std::int64_t t_stride) {
+                        std::int64_t t_stride, Ahead ahead) {
   constexpr int kCount = kTokens * kRanks;
   Vec sums[kTokens][kRanks];
   unroll<kCount>([&](auto i) __attribute__((always_inline)) { sums[i.value / kRanks][i.value % kRanks] = zero(); });
@@ -71,6 +82,7 @@ inline void shrink_tile(const typename Rows::Input* x, const typename Rows::Weig
   };
   std::int64_t column = 0;
   for (; column + Rows::kColumns <= columns; column += Rows::kColumns) {
+    ahead.fetch();
     step([&](const auto* row) __attribute__((always_inline)) { return Rows::read(row + column); });
   }
   if (column < columns) {
@@ -94,10 +106,18 @@ template <class Body>
 
 template <class Rows, int kRanks>
 inline void shrink_rows(const typename Rows::Input* x, std::int64_t tokens, const typename Rows::Weight* a,
-                        std::int64_t columns, float* t, std::int64_t t_stride) {
+                        std::int64_t columns, float* t, std::int64_t t_stride, Ahead ahead) {
   for_token_tiles(tokens, [&](auto count, std::int64_t m) __attribute__((always_inline)) {
-    shrink_tile<Rows, count.value, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride);
+    shrink_tile<Rows, count.value, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride,
+                                           m == 0 ? ahead : Ahead{});
   });
+}
+
+// The tile of rows after row i, for the loop over row i's columns, `columns` a step.
+template <class W>
+inline Ahead next_rows(const Factor<W>& a, std::int64_t i, int columns) {
+  if (i + 2 * kRankTile > a.rank) return {};
+  return {reinterpret_cast<const char*>(a.row(i + kRankTile)), kRankTile * columns * static_cast<int>(sizeof(W))};
 }
 
 // x: [tokens][a.width]; t: [tokens][a.rank].
@@ -106,9 +126,9 @@ inline void shrink(const typename Rows::Input* x, std::int64_t tokens, const Fac
                    float* t) {
   std::int64_t i = 0;
   for (; i + kRankTile <= a.rank; i += kRankTile) {
-    shrink_rows<Rows, kRankTile>(x, tokens, a.row(i), a.width, t + i, a.rank);
+    shrink_rows<Rows, kRankTile>(x, tokens, a.row(i), a.width, t + i, a.rank, next_rows(a, i, Rows::kColumns));
   }
-  for (; i < a.rank; ++i) shrink_rows<Rows, 1>(x, tokens, a.row(i), a.width, t + i, a.rank);
+  for (; i < a.rank; ++i) shrink_rows<Rows, 1>(x, tokens, a.row(i), a.width, t + i, a.rank, {});
 }
 
 // The same products from float32 inputs. Each weight is widened once for all tokens.
@@ -119,7 +139,8 @@ inline void shrink_wide(const float* x, std::int64_t tokens, const Factor<W>& a,
       auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
       const auto rows = [&](auto count, std::int64_t i) {
         widen_row(a.row(i), count.value * a.width, wide);  // rows of a tile share a page
-        shrink_rows<WideRows<float>, count.value>(x, tokens, wide, a.width, t + i, a.rank);
+        shrink_rows<WideRows<float>, count.value>(x, tokens, wide, a.width, t + i, a.rank,
+                                                  next_rows(a, i, WideRows<float>::kColumns));
       };
       std::int64_t i = 0;
       for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
