@@ -106,7 +106,7 @@ class Bottleneck {
     float* bias = t + task.tokens * width;
     float* z = bias + width;
     read_input(static_cast<Input>(args_.input_mode[task.slot]), task.token * columns, task.tokens * columns, z);
-    shrink_wide(z, task.tokens, down, t);
+    shrink(z, task.tokens, down, t);
     widen_row(arena_ + args_.down_bias[at], width, bias);
     const auto kind = static_cast<Activation>(args_.activation[task.slot]);
     for (std::int64_t m = 0; m < task.tokens; ++m) {

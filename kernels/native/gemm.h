@@ -2,9 +2,9 @@
 //
 // Lanes are output columns n, in groups of sixteen; k runs in blocks of 64. Within a block each output is one chain of
 // dot-product instructions in the order of k, starting from zero; the block's sum is then added to the output's total
-// times the block's scale. Every path below keeps exactly this order, whatever the number of rows and
-// wherever a row or column lies in a tile: that is what makes results independent of the batch. (Sums of integers are
-// exact, so their order within a block is free.)
+// times the block's scale. Every path below keeps exactly this order, whatever the number of rows and wherever a row or
+// column lies in a tile: that is what makes results independent of the batch. (Sums of integers are exact, so their order
+// within a block is free.)
 #pragma once
 
 #include <cstddef>
@@ -23,6 +23,9 @@ constexpr int kVectors = kGroup / kLanes;    // vectors a group
 constexpr int kBlock = 64;                   // columns of x between two additions to the total
 constexpr int kCell = 8;                     // columns of x in one packed NF4 word
 constexpr std::int64_t kChunkRows = 128;     // rows of x that share one decoding of the weights
+
+// Which of a cell's eight columns lies in which nibble of its word, from the low bits up: the high nibble comes first.
+constexpr int kColumnOfNibble[kCell] = {1, 0, 3, 2, 5, 4, 7, 6};
 
 // The registers decide how many rows x groups of totals a tile holds.
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
@@ -55,12 +58,8 @@ struct FloatDot {
   }
   static Sum none() { return zero(); }
   static Vec dot(Vec sum, Vec weights, Vec x) { return fma(weights, x, sum); }
-  // The sums of vector kVector of a row as floats, given the row's block of x. Inlined early, or GCC keeps the sums in
-  // memory.
-  template <int kVector>
-  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t*) {
-    return sums[kVector];
-  }
+  // The sums of vector `v` of a row as floats, given the row's block of x.
+  static Vec value(const Sum* sums, int v, const std::uint32_t*) { return sums[v]; }
   static Vec read(const std::uint32_t* tile) { return load(reinterpret_cast<const float*>(tile)); }
   static void write(std::uint32_t* tile, Vec weights) { store(reinterpret_cast<float*>(tile), weights); }
   template <int kStep>
@@ -69,7 +68,7 @@ struct FloatDot {
   }
 };
 
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_SHORTS)
 // ShortDot: x and the weights as 16-bit integers. They make two (AVX2) or four times (VNNI on Intel) the products of
 // floats or bfloat16.
 //
@@ -96,9 +95,8 @@ struct ShortDot : ShortBlock {
   static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
   static Sum none() { return _mm512_setzero_si512(); }
   static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_shorts(sum, weights, x); }
-  template <int kVector>
-  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t* x) {
-    return mul(_mm512_cvtepi32_ps(sums[kVector]), FloatDot::broadcast(x + kBlockUnits));
+  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
+    return mul(_mm512_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
   }
   static __m512i read(const std::uint32_t* tile) { return _mm512_loadu_si512(tile); }
   static void write(std::uint32_t* tile, __m512i weights) { _mm512_storeu_si512(tile, weights); }
@@ -129,9 +127,8 @@ struct ShortDot : ShortBlock {
     // GCC would regroup the integer sums of several steps, which then outgrow the registers.
     return opaque(_mm256_add_epi32(sum, _mm256_madd_epi16(weights, x)));
   }
-  template <int kVector>
-  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t* x) {
-    const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * kVector], sums[2 * kVector + 1]));
+  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
+    const Vec exact = _mm256_cvtepi32_ps(_mm256_hadd_epi32(sums[2 * v], sums[2 * v + 1]));
     return mul(exact, FloatDot::broadcast(x + kBlockUnits));
   }
 };
@@ -148,9 +145,8 @@ struct ShortTileDot : ShortBlock {
   static __m256i broadcast(const std::uint32_t* unit) { return _mm256_set1_epi32(static_cast<int>(*unit)); }
   static Sum none() { return ShortDot::none(); }
   static __m256i dot(__m256i sum, __m256i weights, __m256i x) { return ShortDot::dot(sum, weights, x); }
-  template <int kVector>
-  [[gnu::always_inline]] static Vec value(const Sum* sums, const std::uint32_t* x) {
-    return mul(_mm256_cvtepi32_ps(sums[kVector]), FloatDot::broadcast(x + kBlockUnits));
+  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
+    return mul(_mm256_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
   }
   static __m256i read(const std::uint32_t* tile) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)); }
 };
@@ -185,7 +181,6 @@ struct Totals {
 template <class Dot, int kRows, int kGroups, class Source>
 [[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals,
                                       std::ptrdiff_t stride) {
-  const Source local = source;  // in registers: stores to totals might change what lies in memory
   constexpr int kSums = kGroups * Dot::kSums, kCount = kGroups * kVectors;
   typename Dot::Sum sums[kRows][kSums];
   unroll<kRows * kSums>([&](auto i) __attribute__((always_inline)) {
@@ -193,11 +188,11 @@ template <class Dot, int kRows, int kGroups, class Source>
   });
 #pragma GCC unroll 1
   for (int cell = 0; cell < kBlock / kCell; ++cell) {
-    const auto prepared = local.template prepare<kGroups>(cell);
+    const auto prepared = source.template prepare<kGroups>(cell);
     unroll<Dot::kSteps>([&](auto step) __attribute__((always_inline)) {
       typename Dot::Weights weights[kSums];
       unroll<kSums>([&](auto v) __attribute__((always_inline)) {
-        weights[v.value] = local.template weights<step.value, v.value>(prepared, cell);
+        weights[v.value] = source.template weights<step.value, v.value>(prepared, cell);
       });
       unroll<kRows>([&](auto row) __attribute__((always_inline)) {
         constexpr int kRow = decltype(row)::value * Dot::kUnits;
@@ -211,8 +206,8 @@ template <class Dot, int kRows, int kGroups, class Source>
   unroll<kRows * kCount>([&](auto i) __attribute__((always_inline)) {
     constexpr int kRow = decltype(i)::value / kCount, kVector = decltype(i)::value % kCount;
     float* total = totals + kRow * stride + kVector * kLanes;
-    const Vec sum = Dot::template value<kVector>(sums[kRow], x + kRow * Dot::kUnits);
-    store(total, local.finish(kVector, sum, load(total)));
+    const Vec sum = Dot::value(sums[kRow], kVector, x + kRow * Dot::kUnits);
+    store(total, source.finish(kVector, sum, load(total)));
   });
 }
 

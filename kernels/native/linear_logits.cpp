@@ -17,24 +17,19 @@ namespace {
 // How a step reads one row of weights: kVectors vectors, which pair up with as many of x in the order that `pack` gives.
 template <class W>
 struct Step {
-  static constexpr int kVectors = 1;
-  static constexpr int kColumns = kLanes;
-  static void read(const W* p, Vec (&weights)[kVectors]) { weights[0] = load(p); }
-  static void pack(const float (&x)[kColumns], float* packed) { std::memcpy(packed, x, sizeof x); }
-};
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
-template <>
-struct Step<Bf16> {
-  static constexpr int kVectors = 2;
-  static constexpr int kColumns = kPair;
-  static void read(const Bf16* p, Vec (&weights)[kVectors]) {
-    Pairs<Bf16>::split(Pairs<Bf16>::load(p), weights[0], weights[1]);
+  static constexpr int kVectors = Pairs<W>::kSplit ? 2 : 1;
+  static constexpr int kColumns = kVectors * kLanes;
+  static void read(const W* p, Vec (&weights)[kVectors]) {
+    if constexpr (Pairs<W>::kSplit) {
+      Pairs<W>::split(Pairs<W>::load(p), weights[0], weights[1]);
+    } else {
+      weights[0] = load(p);
+    }
   }
   static void pack(const float (&x)[kColumns], float* packed) {
-    for (int i = 0; i < kColumns; ++i) packed[i % 2 * kLanes + i / 2] = x[i];
+    for (int i = 0; i < kColumns; ++i) packed[i % kVectors * kLanes + i / kVectors] = x[i];
   }
 };
-#endif
 
 template <class X, class W>
 class RowProduct {

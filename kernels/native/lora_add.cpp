@@ -48,7 +48,9 @@ class Update {
     const Factor<W> a{arena_, args_.a_page + pages, rank, args_.columns};
     const Factor<W> b{arena_, args_.b_page + pages, rank, piece.outputs};
     auto* t = scratch<float>(static_cast<std::size_t>(task.tokens * (rank + args_.columns)));
-    shrink_inputs(task, a, t, t + task.tokens * rank);
+    float* x = t + task.tokens * rank;
+    widen_row(static_cast<const T*>(args_.x) + task.token * args_.columns, task.tokens * args_.columns, x);
+    shrink(x, task.tokens, a, t);
     const Vec scale = broadcast(args_.scale[task.table]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[task.table];
     T* y = y_ + task.token * y_stride + piece.offset;
@@ -72,12 +74,6 @@ class Update {
         });
       });
     }
-  }
-
-  void shrink_inputs(const Task& task, const Factor<W>& a, float* t, float* wide) const {
-    const std::int64_t first = task.token * args_.columns;
-    widen_row(static_cast<const T*>(args_.x) + first, task.tokens * args_.columns, wide);
-    shrink_wide(wide, task.tokens, a, t);
   }
 
   const LoraAdd& args_;

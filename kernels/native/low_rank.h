@@ -34,24 +34,6 @@ struct Factor {
   const W* row(std::int64_t i) const { return arena + page[i / kRankPage] + i % kRankPage * width; }
 };
 
-// Operands of shrink. WideRows: float32 inputs, weights widened.
-template <class W>
-struct WideRows {
-  using Input = float;
-  using Weight = W;
-  using Operand = Vec;
-  static constexpr int kColumns = kLanes;
-  template <class T>
-  static Vec read(const T* p) {
-    return load(p);
-  }
-  template <class T>
-  static Vec read_first(const T* p, int count) {
-    return load_first(p, count);
-  }
-  static Vec dot(Vec sum, Vec weight, Vec x) { return fma(weight, x, sum); }
-};
-
 // What is fetched while a tile is computed, in the steps of its loop: rows are too short for the hardware to run ahead.
 struct Ahead {
   const char* from = nullptr;
@@ -64,31 +46,24 @@ struct Ahead {
 };
 
 // t[m, i] for kTokens rows of x and kRanks adjacent rows of a.
-template <class Rows, int kTokens, int kRanks>
-inline void shrink_tile(const typename Rows::Input* x, const typename Rows::Weight* a, std::int64_t columns, float* t,
-                        std::int64_t t_stride, Ahead ahead) {
+template <int kTokens, int kRanks, class W>
+inline void shrink_tile(const float* x, const W* a, std::int64_t columns, float* t, std::int64_t t_stride, Ahead ahead) {
   constexpr int kCount = kTokens * kRanks;
   Vec sums[kTokens][kRanks];
   unroll<kCount>([&](auto i) __attribute__((always_inline)) { sums[i.value / kRanks][i.value % kRanks] = zero(); });
-  const auto step = [&](const auto& read) __attribute__((always_inline)) {
-    typename Rows::Operand inputs[kTokens];
-    unroll<kTokens>([&](auto m) __attribute__((always_inline)) { inputs[m.value] = read(x + m.value * columns); });
+  for_vectors(columns, [&](std::int64_t column, int count) __attribute__((always_inline)) {
+    ahead.fetch();
+    Vec inputs[kTokens];
+    unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
+      inputs[m.value] = load_part(x + m.value * columns + column, count);
+    });
     unroll<kRanks>([&](auto i) __attribute__((always_inline)) {
-      const auto weight = read(a + i.value * columns);
+      const Vec weight = load_part(a + i.value * columns + column, count);
       unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-        sums[m.value][i.value] = Rows::dot(sums[m.value][i.value], weight, inputs[m.value]);
+        sums[m.value][i.value] = fma(weight, inputs[m.value], sums[m.value][i.value]);
       });
     });
-  };
-  std::int64_t column = 0;
-  for (; column + Rows::kColumns <= columns; column += Rows::kColumns) {
-    ahead.fetch();
-    step([&](const auto* row) __attribute__((always_inline)) { return Rows::read(row + column); });
-  }
-  if (column < columns) {
-    const int left = static_cast<int>(columns - column);
-    step([&](const auto* row) __attribute__((always_inline)) { return Rows::read_first(row + column, left); });
-  }
+  });
   store_sums(sums, t, t_stride);
 }
 
@@ -104,51 +79,38 @@ template <class Body>
   for (; m < tokens; ++m) body(Index<1>{}, m);
 }
 
-template <class Rows, int kRanks>
-inline void shrink_rows(const typename Rows::Input* x, std::int64_t tokens, const typename Rows::Weight* a,
-                        std::int64_t columns, float* t, std::int64_t t_stride, Ahead ahead) {
+template <int kRanks, class W>
+inline void shrink_rows(const float* x, std::int64_t tokens, const W* a, std::int64_t columns, float* t,
+                        std::int64_t t_stride, Ahead ahead) {
   for_token_tiles(tokens, [&](auto count, std::int64_t m) __attribute__((always_inline)) {
-    shrink_tile<Rows, count.value, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride,
-                                           m == 0 ? ahead : Ahead{});
+    shrink_tile<count.value, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride, m == 0 ? ahead : Ahead{});
   });
 }
 
-// The tile of rows after row i, for the loop over row i's columns, `columns` a step.
+// The tile of rows after the one from row i on; none where single rows follow.
 template <class W>
-inline Ahead next_rows(const Factor<W>& a, std::int64_t i, int columns) {
+inline Ahead next_rows(const Factor<W>& a, std::int64_t i) {
   if (i + 2 * kRankTile > a.rank) return {};
-  return {reinterpret_cast<const char*>(a.row(i + kRankTile)), kRankTile * columns * static_cast<int>(sizeof(W))};
+  return {reinterpret_cast<const char*>(a.row(i + kRankTile)), kRankTile * kLanes * static_cast<int>(sizeof(W))};
 }
 
 // x: [tokens][a.width]; t: [tokens][a.rank].
-template <class Rows>
-inline void shrink(const typename Rows::Input* x, std::int64_t tokens, const Factor<typename Rows::Weight>& a,
-                   float* t) {
-  std::int64_t i = 0;
-  for (; i + kRankTile <= a.rank; i += kRankTile) {
-    shrink_rows<Rows, kRankTile>(x, tokens, a.row(i), a.width, t + i, a.rank, next_rows(a, i, Rows::kColumns));
-  }
-  for (; i < a.rank; ++i) shrink_rows<Rows, 1>(x, tokens, a.row(i), a.width, t + i, a.rank, {});
-}
-
-// The same products from float32 inputs. Each weight is widened once for all tokens.
 template <class W>
-inline void shrink_wide(const float* x, std::int64_t tokens, const Factor<W>& a, float* t) {
-  if constexpr (!std::is_same_v<W, float>) {
-    if (tokens > 2) {
-      auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
-      const auto rows = [&](auto count, std::int64_t i) {
+inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t) {
+  const auto rows = [&](auto count, std::int64_t i) {
+    const Ahead ahead = next_rows(a, i);
+    if constexpr (!std::is_same_v<W, float>) {
+      if (tokens > 2) {  // each weight is widened once for all of them
+        auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
         widen_row(a.row(i), count.value * a.width, wide);  // rows of a tile share a page
-        shrink_rows<WideRows<float>, count.value>(x, tokens, wide, a.width, t + i, a.rank,
-                                                  next_rows(a, i, WideRows<float>::kColumns));
-      };
-      std::int64_t i = 0;
-      for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
-      for (; i < a.rank; ++i) rows(Index<1>{}, i);
-      return;
+        return shrink_rows<count.value>(x, tokens, wide, a.width, t + i, a.rank, ahead);
+      }
     }
-  }
-  shrink<WideRows<W>>(x, tokens, a, t);
+    shrink_rows<count.value>(x, tokens, a.row(i), a.width, t + i, a.rank, ahead);
+  };
+  std::int64_t i = 0;
+  for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
+  for (; i < a.rank; ++i) rows(Index<1>{}, i);
 }
 
 constexpr int kPanelVectors = 4;

@@ -27,9 +27,6 @@ alignas(64) constexpr float kLevels[16] = {
     1.0f,
 };
 
-// Which of a cell's eight columns lies in which nibble of its word, from the low bits up: the high nibble comes first.
-constexpr int kColumnOfNibble[kCell] = {1, 0, 3, 2, 5, 4, 7, 6};
-
 // Up to how many rows weights are decoded on the way to the product, and for how many groups at a time.
 template <class Dot>
 struct Fused {
@@ -69,7 +66,7 @@ void pack_row(FloatDot, const T* x, std::int64_t columns, std::ptrdiff_t block_s
   }
 }
 
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_SHORTS)
 template <>
 ShortDot::Levels levels<ShortDot>() {
   alignas(32) std::int16_t shorts[16];
@@ -78,10 +75,6 @@ ShortDot::Levels levels<ShortDot>() {
     shorts[i] = static_cast<std::int16_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
   }
   return load_short_table(shorts);
-}
-
-void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
-  pack_shorts(x, columns, block_stride, units);
 }
 #endif
 
@@ -282,7 +275,7 @@ void nf4_linear(const Nf4Linear& args) {
     case Dtype::kFloat32:
       return Product<FloatDot, float>(args).run();
     case Dtype::kBfloat16:
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_SHORTS)
       return Product<ShortDot, Bf16>(args).run();
 #else
       return Product<FloatDot, Bf16>(args).run();

@@ -105,8 +105,9 @@ class Attention {
   }
 
  private:
-  // Where in the caches the positions of a block begin; only those in the range.
+  // A block as far as a task sees it: the positions start + range, and where in the caches each of them begins.
   struct Block {
+    std::int64_t start;
     Range range;
     std::int64_t at[kKeys];
   };
@@ -152,24 +153,24 @@ class Attention {
     }
     std::memset(work.sums, 0, static_cast<std::size_t>(rows * stride_) * sizeof(float));
 
-    const std::int64_t first = first_seen(task.position), end = task.position + task.queries;
+    const std::int64_t end = task.position + task.queries;
     Block blocks[2];
-    locate(task, first, end, first / kKeys * kKeys, blocks[0]);
-    for (std::int64_t number = first / kKeys; number * kKeys < end; ++number) {
-      const Block& block = blocks[(number - first / kKeys) % 2];
-      Block& next = blocks[(number - first / kKeys + 1) % 2];
-      if ((number + 1) * kKeys < end) {
-        locate(task, first, end, (number + 1) * kKeys, next);
+    std::int64_t start = first_block(task);
+    locate(task, start, blocks[0]);
+    for (int turn = 0; start < end; start += kKeys, turn = 1 - turn) {
+      const Block& block = blocks[turn];
+      Block& next = blocks[1 - turn];
+      if (start + kKeys < end) {
+        locate(task, start + kKeys, next);
       } else if (following != nullptr) {
-        const std::int64_t start = first_seen(following->position);
-        locate(*following, start, following->position + following->queries, start / kKeys * kKeys, next);
+        locate(*following, first_block(*following), next);
       } else {
         next.range = {0, 0};
       }
       read_keys(block, next, work);
       std::int64_t row = 0;
-      for (; row + kTile <= rows; row += kTile) tile<kTile>(task, number * kKeys, block, row, work);
-      last_rows<kTile - 1>(task, number * kKeys, block, row, rows, work);
+      for (; row + kTile <= rows; row += kTile) tile<kTile>(task, block, row, work);
+      last_rows<kTile - 1>(task, block, row, rows, work);
     }
     with_type(args_.dtype, [&](auto element) {
       finish(static_cast<typename decltype(element)::type*>(args_.out), task, rows, work);
@@ -177,20 +178,21 @@ class Attention {
   }
 
   template <int kRows>
-  void last_rows(const Task& task, std::int64_t start, const Block& block, std::int64_t row, std::int64_t rows,
-                 const Memory& work) const {
+  void last_rows(const Task& task, const Block& block, std::int64_t row, std::int64_t rows, const Memory& work) const {
     if constexpr (kRows > 0) {
       if (rows - row == kRows) {
-        tile<kRows>(task, start, block, row, work);
+        tile<kRows>(task, block, row, work);
       } else {
-        last_rows<kRows - 1>(task, start, block, row, rows, work);
+        last_rows<kRows - 1>(task, block, row, rows, work);
       }
     }
   }
 
-  // The block that begins at position `start`, as far as a task sees positions first .. end.
-  void locate(const Task& task, std::int64_t first, std::int64_t end, std::int64_t start, Block& block) const {
-    block.range = within(start, first, end);
+  std::int64_t first_block(const Task& task) const { return first_seen(task.position) / kKeys * kKeys; }
+
+  void locate(const Task& task, std::int64_t start, Block& block) const {
+    block.start = start;
+    block.range = within(start, first_seen(task.position), task.position + task.queries);
     std::int64_t position = start + block.range.first;
     for (int j = block.range.first; j < block.range.end;) {
       const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
@@ -257,13 +259,13 @@ class Attention {
   }
 
   template <int kRows>
-  void tile(const Task& task, std::int64_t start, const Block& block, std::int64_t row, const Memory& work) const {
+  void tile(const Task& task, const Block& block, std::int64_t row, const Memory& work) const {
     Range seen[kRows];
     Range common{0, kKeys};
     bool any = false;
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t position = task.position + (row + r) / shared_;
-      seen[r] = within(start, first_seen(position), position + 1);
+      seen[r] = within(block.start, first_seen(position), position + 1);
       any = any || !seen[r].empty();
       common.first = seen[r].first > common.first ? seen[r].first : common.first;
       common.end = seen[r].end < common.end ? seen[r].end : common.end;

@@ -6,26 +6,9 @@
 
 #include "gemm.h"
 
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_SHORTS)
 
 namespace peftserve::PEFTSERVE_ISA {
-
-// Magnitudes below this count as zero, since their inverse overflows.
-constexpr float kZeroBelow = 1e-34f;
-
-// How a block is scaled, given its largest magnitude as the bits of a bf16: a column times `factor`, rounded, counts `unit`.
-// A block that holds an infinity or NaN gives NaN: its unit is NaN.
-struct BlockScale {
-  float factor, unit;
-};
-inline BlockScale block_scale(int largest_bits) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits) << 16;
-  if (bits >= 0x7f800000u) return {0.0f, __builtin_nanf("")};
-  float largest;
-  std::memcpy(&largest, &bits, sizeof largest);
-  if (largest < kZeroBelow) return {0.0f, 0.0f};
-  return {ShortDot::kLargest / largest, largest / ShortDot::kLargest};
-}
 
 // The largest of sixteen positive 16-bit integers, found by the one horizontal instruction there is: the smallest, of the
 // complements.
@@ -34,8 +17,9 @@ inline int largest_of(__m256i x) {
   return 0xffff ^ (_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)))) & 0xffff);
 }
 
+// largest_bits: the largest magnitude among 64 bf16, as bits; from 0x7f80 on it is infinite or NaN.
+// pack_block: 64 columns times `factor`, rounded, in the order of the nibbles.
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
-// The largest magnitude among 64 bf16, as bits; from 0x7f80 on it is infinite or NaN.
 inline int largest_bits(const Bf16* x) {
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   const __m512i largest = _mm512_max_epi16(_mm512_and_si512(_mm512_loadu_si512(x), magnitude),
@@ -44,11 +28,19 @@ inline int largest_bits(const Bf16* x) {
 }
 
 // A word of packed NF4 holds four columns in its low half and the next four in its high half; a unit pairs one of each.
+struct UnitOrder {
+  alignas(64) std::uint16_t column[32] = {};
+  constexpr UnitOrder() {
+    for (int i = 0; i < 32; ++i) {
+      column[i] = static_cast<std::uint16_t>(i / kCell * kCell + kColumnOfNibble[i % kCell / 2] + i % 2 * 4);
+    }
+  }
+};
+
 inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
-  alignas(64) constexpr std::uint16_t kColumns[32] = {1,  5,  0,  4,  3,  7,  2,  6,  9,  13, 8,  12, 11, 15, 10, 14,
-                                                      17, 21, 16, 20, 19, 23, 18, 22, 25, 29, 24, 28, 27, 31, 26, 30};
+  static constexpr UnitOrder kOrder;
   for (int half = 0; half < 2; ++half) {
-    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(kColumns), _mm512_loadu_si512(x + half * 32));
+    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(kOrder.column), _mm512_loadu_si512(x + half * 32));
     Vec even, odd;
     split_pairs(_mm512_castsi512_ps(pairs), even, odd);
     const __m512i low = _mm512_cvtps_epi32(mul(even, factor)), high = _mm512_cvtps_epi32(mul(odd, factor));
@@ -76,13 +68,19 @@ inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
 }
 #endif
 
-// A row of x, its columns a multiple of 64, in blocks of units with their scales, which hold that of the levels too.
-inline void pack_shorts(const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
+// A row of x, its columns a multiple of 64, in blocks of units with their scales, which hold that of the levels too. A
+// block that holds an infinity or NaN gives NaN: its scale is NaN. One of nothing but zeros (or magnitudes below 1e-34,
+// whose inverse overflows) counts as zero.
+inline void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
   for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
-    const BlockScale scale = block_scale(largest_bits(x + column));
-    pack_block(x + column, broadcast(scale.factor), units);
-    const float unit = scale.unit / ShortDot::kLargestLevel;
-    std::memcpy(units + ShortDot::kBlockUnits, &unit, sizeof unit);
+    const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits(x + column)) << 16;
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
+    const bool is_finite = bits < 0x7f800000u, is_zero = largest < 1e-34f;
+    const float scale = is_finite ? largest / (ShortDot::kLargest * ShortDot::kLargestLevel) : __builtin_nanf("");
+    pack_block(x + column, broadcast(!is_finite || is_zero ? 0.0f : ShortDot::kLargest / largest), units);
+    const float kept = is_zero ? 0.0f : scale;
+    std::memcpy(units + ShortDot::kBlockUnits, &kept, sizeof kept);
   }
 }
 

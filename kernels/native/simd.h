@@ -12,6 +12,11 @@
 #include "simd/portable.h"
 #endif
 
+// Both x86 paths have products of 16-bit integers (ShortTable), and bf16 as pairs in a word (split_pairs).
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+#define PEFTSERVE_SIMD_SHORTS
+#endif
+
 namespace peftserve::PEFTSERVE_ISA {
 
 // `x` in a register, and nothing known about how it came there: what is loaded once is not loaded again at each use, and

@@ -18,7 +18,7 @@ template <class T>
 struct Pairs {
   static constexpr bool kSplit = false;
 };
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI) || defined(PEFTSERVE_SIMD_AVX2)
+#if defined(PEFTSERVE_SIMD_SHORTS)
 template <>
 struct Pairs<Bf16> {
   static constexpr bool kSplit = true;
