@@ -173,7 +173,7 @@ def transport_errors() -> Iterator[None]:
     try:
         yield
     except httpx.ConnectTimeout as error:  # aiohttp's transport also says so of a server that hung up
-        raise ConnectionFailedError(f"{_target(error)}: {error or 'no connection in time'}") from error
+        raise ConnectionFailedError(f"no connection to {_target(error)}: {error or 'timed out'}") from error
     except httpx.TimeoutException as error:
         raise RequestTimeoutError(f"no answer in time from {_target(error)}") from error
     except httpx.TransportError as error:
