@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "nf4_format.h"
 #include "rows.h"
 #include "simd.h"
 #include "types.h"
@@ -18,14 +19,8 @@
 
 namespace peftserve::PEFTSERVE_ISA {
 
-constexpr int kGroup = 16;                   // output columns side by side in a tile
 constexpr int kVectors = kGroup / kLanes;    // vectors a group
-constexpr int kBlock = 64;                   // columns of x between two additions to the total
-constexpr int kCell = 8;                     // columns of x in one packed NF4 word
 constexpr std::int64_t kChunkRows = 128;     // rows of x that share one decoding of the weights
-
-// Which of a cell's eight columns lies in which nibble of its word, from the low bits up: the high nibble comes first.
-constexpr int kColumnOfNibble[kCell] = {1, 0, 3, 2, 5, 4, 7, 6};
 
 // The registers decide how many rows x groups of totals a tile holds.
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)

@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(PEFTSERVE_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace peftserve {
 namespace {
 
@@ -9,13 +14,43 @@ struct Variant {
   bool supported;
 };
 
+#if defined(PEFTSERVE_X86)
+// Linux gives a process the tile registers when it asks for them (Documentation/arch/x86/xstate.rst); threads and forked
+// children have them too.
+bool can_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+bool has_avx512_vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+const Ops& amx_ops() {
+  static const Ops ops = [] {
+    Ops all = avx512_vnni::kOps;
+    all.nf4_linear = amx_bf16::nf4_linear;
+    all.linear_logits = amx_bf16::linear_logits;
+    return all;
+  }();
+  return ops;
+}
+#endif
+
 // __builtin_cpu_supports asks the operating system too: it says no to registers that are not saved on a switch.
 std::vector<Variant> variants() {
   return {
 #if defined(PEFTSERVE_X86)
-      {"avx512_vnni", &avx512_vnni::kOps,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")},
+      {"amx_bf16", &amx_ops(), has_avx512_vnni() && can_use_tiles()},
+      {"avx512_vnni", &avx512_vnni::kOps, has_avx512_vnni()},
       {"avx2", &avx2::kOps,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

@@ -7,26 +7,6 @@
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-// bitsandbytes' levels (functional.get_4bit_type).
-alignas(64) constexpr float kLevels[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
-
 // Up to how many rows weights are decoded on the way to the product, and for how many groups at a time.
 template <class Dot>
 struct Fused {
@@ -123,10 +103,6 @@ struct PackedSource {
   }
 #endif
 };
-
-inline void prefetch_block(const std::uint32_t* words) {
-  for (int cell = 0; cell < kBlock / kCell; ++cell) __builtin_prefetch(words + cell * kGroup);
-}
 
 template <class Dot, class T>
 class Product {

@@ -162,6 +162,11 @@ struct Ops {
   void (*sample)(const Sample&);
 };
 
+// With tiles (AMX): what is not here is avx512_vnni's.
+namespace amx_bf16 {
+void nf4_linear(const Nf4Linear& args);
+void linear_logits(const LinearLogits& args);
+}  // namespace amx_bf16
 namespace avx512_vnni {
 extern const Ops kOps;
 }

@@ -99,8 +99,13 @@ class Attention {
     }
     const int team = team_size(args_.threads, 2 * seen * args_.num_heads * args_.head_dim);
     // Threads take tasks in turns: what a thread takes next is most likely as many tasks away as there are threads.
-    parallel_tasks(team, count, [&](std::int64_t index) {
-      attend(tasks[index], index + team < count ? &tasks[index + team] : nullptr);
+    // Heads lie side by side in a page: where there are tasks enough, one thread has all of them.
+    const std::int64_t heads = count / args_.num_kv_heads >= 4 * team ? args_.num_kv_heads : 1;
+    parallel_tasks(team, count / heads, [&](std::int64_t group) {
+      for (std::int64_t index = group * heads; index < (group + 1) * heads; ++index) {
+        const std::int64_t next = index + 1 < (group + 1) * heads ? index + 1 : index + 1 + (team - 1) * heads;
+        attend(tasks[index], next < count ? &tasks[next] : nullptr);
+      }
     });
   }
 

@@ -27,16 +27,6 @@ inline int largest_bits(const Bf16* x) {
   return largest_of(_mm256_max_epi16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1)));
 }
 
-// A word of packed NF4 holds four columns in its low half and the next four in its high half; a unit pairs one of each.
-struct UnitOrder {
-  alignas(64) std::uint16_t column[32] = {};
-  constexpr UnitOrder() {
-    for (int i = 0; i < 32; ++i) {
-      column[i] = static_cast<std::uint16_t>(i / kCell * kCell + kColumnOfNibble[i % kCell / 2] + i % 2 * 4);
-    }
-  }
-};
-
 inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
   static constexpr UnitOrder kOrder;
   for (int half = 0; half < 2; ++half) {

@@ -4,7 +4,10 @@
 // the standard library.
 #pragma once
 
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+#if defined(PEFTSERVE_SIMD_AMX_BF16)
+#define PEFTSERVE_SIMD_AVX512_VNNI
+#include "simd/amx_bf16.h"
+#elif defined(PEFTSERVE_SIMD_AVX512_VNNI)
 #include "simd/avx512_vnni.h"
 #elif defined(PEFTSERVE_SIMD_AVX2)
 #include "simd/avx2.h"

@@ -1,0 +1,51 @@
+// The levels of NF4, and how its codes are packed.
+#pragma once
+
+#include <cstdint>
+
+namespace peftserve::PEFTSERVE_ISA {
+
+// bitsandbytes' levels (functional.get_4bit_type).
+alignas(64) constexpr float kLevels[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+constexpr int kGroup = 16;  // outputs side by side in packed weights
+constexpr int kBlock = 64;  // columns that share a scale
+constexpr int kCell = 8;    // columns in one word
+
+// Which of a cell's eight columns lies in which nibble of its word, from the low bits up: the high nibble comes first.
+constexpr int kColumnOfNibble[kCell] = {1, 0, 3, 2, 5, 4, 7, 6};
+
+// A word holds four columns in its low half and the next four in its high half. In unit order, where a unit is two 16-bit
+// values in a word, each pairs one of the low half with one of the high half, as the nibbles are.
+struct UnitOrder {
+  alignas(64) std::uint16_t column[32] = {};
+  constexpr UnitOrder() {
+    for (int i = 0; i < 32; ++i) {
+      column[i] = static_cast<std::uint16_t>(i / kCell * kCell + kColumnOfNibble[i % kCell / 2] + i % 2 * 4);
+    }
+  }
+};
+
+// The words of one block of a group.
+inline void prefetch_block(const std::uint32_t* words) {
+  for (int cell = 0; cell < kBlock / kCell; ++cell) __builtin_prefetch(words + cell * kGroup);
+}
+
+}  // namespace peftserve::PEFTSERVE_ISA
