@@ -106,7 +106,7 @@ class Bottleneck {
     float* bias = t + task.tokens * width;
     float* z = bias + width;
     read_input(static_cast<Input>(args_.input_mode[task.slot]), task.token * columns, task.tokens * columns, z);
-    shrink(z, task.tokens, down, t);
+    shrink(z, task.tokens, down, t, width);
     widen_row(arena_ + args_.down_bias[at], width, bias);
     const auto kind = static_cast<Activation>(args_.activation[task.slot]);
     for (std::int64_t m = 0; m < task.tokens; ++m) {
@@ -115,7 +115,7 @@ class Bottleneck {
     const Vec scale = broadcast(args_.scale[at]);
     const W* up_bias = arena_ + args_.up_bias[at];
     float* stream = args_.stream + task.token * columns;
-    expand(t, task.tokens, up, [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
+    expand(t, task.tokens, up, {0, columns}, [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
       float* to = stream + m * columns + first;
       for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
         const Vec delta = add(load_part(up_bias + first + at, lanes), load_part(sums + at, lanes));

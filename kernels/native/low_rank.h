@@ -32,6 +32,13 @@ struct Factor {
   std::int64_t rank, width;
 
   const W* row(std::int64_t i) const { return arena + page[i / kRankPage] + i % kRankPage * width; }
+  // Rows first .. end, `first` a multiple of kRankPage.
+  Factor rows(std::int64_t first, std::int64_t end) const { return {arena, page + first / kRankPage, end - first, width}; }
+};
+
+struct Columns {
+  std::int64_t first, end;
+  std::int64_t count() const { return end - first; }
 };
 
 // What is fetched while a tile is computed, in the steps of its loop: rows are too short for the hardware to run ahead.
@@ -94,19 +101,19 @@ inline Ahead next_rows(const Factor<W>& a, std::int64_t i) {
   return {reinterpret_cast<const char*>(a.row(i + kRankTile)), kRankTile * kLanes * static_cast<int>(sizeof(W))};
 }
 
-// x: [tokens][a.width]; t: [tokens][a.rank].
+// x: [tokens][a.width]; t: [tokens][a.rank], rows `t_stride` apart.
 template <class W>
-inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t) {
+inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t, std::int64_t t_stride) {
   const auto rows = [&](auto count, std::int64_t i) {
     const Ahead ahead = next_rows(a, i);
     if constexpr (!std::is_same_v<W, float>) {
       if (tokens > 2) {  // each weight is widened once for all of them
         auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
         widen_row(a.row(i), count.value * a.width, wide);  // rows of a tile share a page
-        return shrink_rows<count.value>(x, tokens, wide, a.width, t + i, a.rank, ahead);
+        return shrink_rows<count.value>(x, tokens, wide, a.width, t + i, t_stride, ahead);
       }
     }
-    shrink_rows<count.value>(x, tokens, a.row(i), a.width, t + i, a.rank, ahead);
+    shrink_rows<count.value>(x, tokens, a.row(i), a.width, t + i, t_stride, ahead);
   };
   std::int64_t i = 0;
   for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
@@ -123,11 +130,10 @@ template <class W>
   for (int at = 0; at < kPanel; at += kLine) __builtin_prefetch(row + kPanel + at);
 }
 
-// kPanel columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last column. The next panel's are
+// `count` columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last one. The next panel's are
 // fetched meanwhile: rows lie so far apart that the hardware does not foresee it.
 template <class W>
-inline void widen_panel(const Factor<W>& b, std::int64_t first, float* wide) {
-  const std::int64_t count = b.width - first < kPanel ? b.width - first : kPanel;
+inline void widen_panel(const Factor<W>& b, std::int64_t first, std::int64_t count, float* wide) {
   for (std::int64_t i = 0; i < b.rank; ++i, wide += kPanel) {
     const W* row = b.row(i) + first;
     prefetch_next_panel(row);
@@ -142,20 +148,19 @@ inline void widen_panel(const Factor<W>& b, std::int64_t first, float* wide) {
   }
 }
 
-// sums[m][kPanel]: the products of kTokens tokens with kPanel columns, which begin at row(i) for rank row i.
-template <int kTokens, class Row>
-inline void expand_tile(const float* t, std::int64_t rank, const Row& row, float* sums) {
+// sums[m][kPanel]: the products of kTokens tokens with widened columns, [rank][kPanel].
+template <int kTokens>
+inline void expand_tile(const float* t, std::int64_t rank, const float* weights, float* sums) {
   constexpr int kCount = kTokens * kPanelVectors;
   Vec totals[kTokens][kPanelVectors];
   unroll<kCount>([&](auto i) __attribute__((always_inline)) {
     totals[i.value / kPanelVectors][i.value % kPanelVectors] = zero();
   });
   for (std::int64_t i = 0; i < rank; ++i) {
-    const auto* weights = row(i);
     Vec inner[kTokens];
     unroll<kTokens>([&](auto m) __attribute__((always_inline)) { inner[m.value] = broadcast(t[m.value * rank + i]); });
     unroll<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
-      const Vec weight = opaque(load(weights + v.value * kLanes));
+      const Vec weight = opaque(load(weights + i * kPanel + v.value * kLanes));
       unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
         totals[m.value][v.value] = fma(inner[m.value], weight, totals[m.value][v.value]);
       });
@@ -166,28 +171,70 @@ inline void expand_tile(const float* t, std::int64_t rank, const Row& row, float
   });
 }
 
-// t: [tokens][b.rank]. add_to(token, column, count, sums) for all of [tokens][b.width], `count` columns at a time.
+// Adds rows i .. i + kRanks of b to the sums [kTokens][columns], where row 0 begins them: the same chains of products as
+// expand_tile's. Meanwhile the rows from `next` on are fetched, as far as there are any.
+template <int kTokens, int kRanks, class W>
+inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Columns columns, const W* next, float* sums) {
+  const W* weights = b.row(i) + columns.first;
+  Vec inner[kTokens][kRanks];
+  unroll<kTokens * kRanks>([&](auto at) __attribute__((always_inline)) {
+    constexpr int kToken = decltype(at)::value / kRanks, kRank = decltype(at)::value % kRanks;
+    inner[kToken][kRank] = broadcast(t[kToken * b.rank + i + kRank]);
+  });
+  for_vectors(columns.count(), [&](std::int64_t column, int count) __attribute__((always_inline)) {
+    if (next != nullptr) {
+      unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
+        __builtin_prefetch(next + columns.first + r.value * b.width + column);
+      });
+    }
+    Vec totals[kTokens];
+    unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
+      totals[m.value] = i == 0 ? zero() : load_part(sums + m.value * columns.count() + column, count);
+    });
+    unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
+      const Vec weight = load_part(weights + r.value * b.width + column, count);
+      unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
+        totals[m.value] = fma(inner[m.value][r.value], weight, totals[m.value]);
+      });
+    });
+    unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
+      store_part(sums + m.value * columns.count() + column, count, totals[m.value]);
+    });
+  });
+}
+
+// Row after row, as they lie in memory: for so few tokens that their sums stay in the cache.
+template <int kTokens, class W>
+inline void expand_few(const float* t, const Factor<W>& b, Columns columns, float* sums) {
+  std::int64_t i = 0;
+  for (; i + kRankTile <= b.rank; i += kRankTile) {
+    const W* next = i + 2 * kRankTile <= b.rank ? b.row(i + kRankTile) : nullptr;
+    expand_rows<kTokens, kRankTile>(t, b, i, columns, next, sums);
+  }
+  for (; i < b.rank; ++i) expand_rows<kTokens, 1>(t, b, i, columns, static_cast<const W*>(nullptr), sums);
+}
+
+// t: [tokens][b.rank]. add_to(token, column, count, sums) for all tokens and columns, `count` columns at a time.
 template <class W, class Add>
-inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, const Add& add_to) {
+inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Columns columns, const Add& add_to) {
+  if (tokens <= 2) {
+    auto* sums = scratch<float, kWideRows>(static_cast<std::size_t>(tokens * columns.count()));
+    if (tokens == 1) {
+      expand_few<1>(t, b, columns, sums);
+    } else {
+      expand_few<2>(t, b, columns, sums);
+    }
+    for (std::int64_t m = 0; m < tokens; ++m) add_to(m, columns.first, columns.count(), sums + m * columns.count());
+    return;
+  }
   auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>((b.rank + tokens) * kPanel));
   float* sums = wide + b.rank * kPanel;
-  for (std::int64_t first = 0; first < b.width; first += kPanel) {
-    const std::int64_t count = b.width - first < kPanel ? b.width - first : kPanel;
-    const auto tiles = [&](const auto& row) __attribute__((always_inline)) {
-      for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
-        expand_tile<tile.value>(t + m * b.rank, b.rank, row, sums + m * kPanel);
-      });
-    };
-    if (tokens <= 2 && count == kPanel) {  // as much work as widening them beforehand
-      tiles([&](std::int64_t i) __attribute__((always_inline)) {
-        const W* row = b.row(i) + first;
-        prefetch_next_panel(row);
-        return row;
-      });
-    } else {
-      widen_panel(b, first, wide);
-      tiles([&](std::int64_t i) __attribute__((always_inline)) { return wide + i * kPanel; });
-    }
+  for (std::int64_t first = columns.first; first < columns.end; first += kPanel) {
+    const std::int64_t count = columns.end - first < kPanel ? columns.end - first : kPanel;
+    widen_panel(b, first, count, wide);
+    for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
+      expand_tile<tile.value>(t + m * b.rank, b.rank, wide, sums + m * kPanel);
+    });
     for (std::int64_t m = 0; m < tokens; ++m) add_to(m, first, count, sums + m * kPanel);
   }
 }
