@@ -43,9 +43,15 @@ struct UnitOrder {
   }
 };
 
-// The words of one block of a group.
-inline void prefetch_block(const std::uint32_t* words) {
+// How many blocks before its turn a block is fetched, where groups are read side by side: each is too short a stream for
+// the hardware to run far ahead in it.
+constexpr std::int64_t kAhead = 5;
+
+// The words and scales of one block of a group. Inlined, since GCC takes a function that only prefetches for one without
+// effect.
+[[gnu::always_inline]] inline void prefetch_block(const std::uint32_t* words, const float* scales) {
   for (int cell = 0; cell < kBlock / kCell; ++cell) __builtin_prefetch(words + cell * kGroup);
+  __builtin_prefetch(scales);
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

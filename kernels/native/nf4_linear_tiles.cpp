@@ -104,6 +104,10 @@ class TileProduct {
     return args_.packed + (group * blocks_ + block) * (kBlock / kCell * kGroup);
   }
 
+  [[gnu::always_inline]] void fetch(std::int64_t group, std::int64_t block) const {
+    prefetch_block(packed(group, block), args_.absmax + (group * blocks_ + block) * kGroup);
+  }
+
   [[gnu::always_inline]] void decode(const std::uint32_t* words, std::uint32_t* pairs) const {
     constexpr int kSteps = kCell / 2;
     for (int cell = 0; cell < kBlock / kCell; ++cell) {
@@ -118,8 +122,7 @@ class TileProduct {
   [[gnu::noinline]] void multiply_groups(const Chunk& chunk, std::int64_t group, Work& work) const {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     std::memset(work.totals, 0, static_cast<std::size_t>(chunk.padded() * kStride) * sizeof(float));
-    // Groups are read side by side, each too short a stream for the hardware to run far ahead in it.
-    const bool fetches = group + 2 * kGroups <= groups_;
+    const bool more = group + 2 * kGroups <= groups_;
     for (int g = 0; g < kGroups; ++g) decode(packed(group + g, 0), work.weights[0][g][0]);
     for (std::int64_t block = 0; block < blocks_; ++block) {
       const auto& weights = work.weights[block % 2];
@@ -151,7 +154,11 @@ class TileProduct {
         if (tile == 0) {  // while the tiles are multiplied
           for (int g = 0; g < kGroups; ++g) {
             if (block + 1 < blocks_) decode(packed(group + g, block + 1), next[g][0]);
-            if (fetches) prefetch_block(packed(group + kGroups + g, block));
+            if (block + kAhead < blocks_) {
+              fetch(group + g, block + kAhead);
+            } else if (more) {
+              fetch(group + kGroups + g, block + kAhead - blocks_);
+            }
           }
         } else {
           add_sums(tile - 1);
