@@ -1,6 +1,6 @@
 #include "isa.h"
 
-#if defined(PEFTSERVE_X86) && defined(__linux__)
+#if defined(PEFTSERVE_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,23 +15,22 @@ struct Variant {
 };
 
 #if defined(PEFTSERVE_X86)
-// Linux gives a process the tile registers when it asks for them (Documentation/arch/x86/xstate.rst); threads and forked
-// children have them too.
-bool can_use_tiles() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-#else
-  return false;
-#endif
-}
-
 bool has_avx512_vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
+}
+
+#endif
+
+#if defined(PEFTSERVE_AMX)
+// Linux gives a process the tile registers when it asks for them (Documentation/arch/x86/xstate.rst); threads and forked
+// children have them too.
+bool can_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
 }
 
 const Ops& amx_ops() {
@@ -48,8 +47,10 @@ const Ops& amx_ops() {
 // __builtin_cpu_supports asks the operating system too: it says no to registers that are not saved on a switch.
 std::vector<Variant> variants() {
   return {
-#if defined(PEFTSERVE_X86)
+#if defined(PEFTSERVE_AMX)
       {"amx_bf16", &amx_ops(), has_avx512_vnni() && can_use_tiles()},
+#endif
+#if defined(PEFTSERVE_X86)
       {"avx512_vnni", &avx512_vnni::kOps, has_avx512_vnni()},
       {"avx2", &avx2::kOps,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},

@@ -16,6 +16,12 @@ namespace {
 constexpr int kTileWords = kTileHeight * kTileColumns / 2;
 constexpr int kRows = 4, kPairs = 6;  // tile registers, two each, in turn; the first four are sums
 
+// A row of a tile, of which `columns` exist; zeros past them.
+__m512i load_row(const Bf16* row, std::int64_t columns) {
+  const __mmask32 mask = columns < kTileColumns ? (std::uint32_t{1} << columns) - 1 : 0xffffffffu;
+  return _mm512_maskz_loadu_epi16(mask, row);
+}
+
 class TileProduct {
  public:
   explicit TileProduct(const LinearLogits& args)
@@ -33,15 +39,15 @@ class TileProduct {
       shapes.use();
       std::int64_t row = 0;
       for (; args_.rows - row > 2 * kTileHeight; row += 4 * kTileHeight) multiply<4, 1>(row, begin, end);
-      if (args_.rows - row > kTileHeight) return multiply<2, 1>(row, begin, end);
+      if (args_.rows - row > kTileHeight) return multiply<2, 2>(row, begin, end);
       if (args_.rows > row) multiply<1, 1>(row, begin, end);
     });
   }
 
  private:
   struct Work {
-    alignas(64) float sums[4][kTileHeight][kTileHeight];    // [output][row of x]
-    alignas(64) Bf16 edge[4][kTileHeight][kTileColumns];    // weights at the end of rows or outputs, and zeros
+    alignas(64) float sums[4][kTileHeight][kTileHeight];  // [output][row of x]
+    alignas(64) Bf16 edge[4][kTileHeight][kTileColumns];  // weights at the end of rows or outputs, and zeros
   };
 
   // kTiles tiles of rows of x from `row` on, with the panels begin .. end of outputs, kPanels at a time.
@@ -59,14 +65,13 @@ class TileProduct {
   const std::uint32_t* pack(std::int64_t first) const {
     auto* pairs = scratch<std::uint32_t>(static_cast<std::size_t>(steps_ * kTiles * kTileWords));
     for (std::int64_t step = 0; step < steps_; ++step) {
-      const std::int64_t column = step * kTileColumns, left = args_.columns - column;
-      const __mmask32 columns = left < kTileColumns ? (std::uint32_t{1} << left) - 1 : 0xffffffffu;
+      const std::int64_t column = step * kTileColumns;
       for (int tile = 0; tile < kTiles; ++tile) {
         Vec square[kLanes];
         for (int i = 0; i < kTileHeight; ++i) {
           const std::int64_t row = first + tile * kTileHeight + i;
-          square[i] = row < args_.rows ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(columns, x_ + row * args_.columns + column))
-                                       : zero();
+          const Bf16* x = x_ + row * args_.columns + column;
+          square[i] = row < args_.rows ? _mm512_castsi512_ps(load_row(x, args_.columns - column)) : zero();
         }
         transpose(square);
         std::uint32_t* to = pairs + (step * kTiles + tile) * kTileWords;
@@ -116,10 +121,9 @@ class TileProduct {
   // Up to kPanels tiles of weights, of which `outputs` rows and `columns` columns exist.
   template <int kPanels>
   void copy_edge(const Bf16* weights, std::int64_t outputs, std::int64_t columns, Work& work) const {
-    const __mmask32 mask = columns < kTileColumns ? (std::uint32_t{1} << columns) - 1 : 0xffffffffu;
     for (int output = 0; output < kPanels * kTileHeight; ++output) {
       const __m512i row =
-          output < outputs ? _mm512_maskz_loadu_epi16(mask, weights + output * args_.columns) : _mm512_setzero_si512();
+          output < outputs ? load_row(weights + output * args_.columns, columns) : _mm512_setzero_si512();
       _mm512_store_si512(work.edge[output / kTileHeight][output % kTileHeight], row);
     }
   }
