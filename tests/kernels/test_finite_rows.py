@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from peftserve_kernels import finite_rows
 from peftserve_kernels.cpu import elementwise as cpu
+from peftserve_kernels import finite_rows
 from peftserve_kernels.finite_rows import finite_rows_reference
 from tests.kernels.native import ISAS, isa, threads
 
