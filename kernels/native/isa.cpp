@@ -20,7 +20,6 @@ bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
-
 #endif
 
 #if defined(PEFTSERVE_AMX)

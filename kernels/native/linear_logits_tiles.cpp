@@ -2,8 +2,6 @@
 // are its columns, in pairs. So the weights, which are read once and are much the larger part, are read in place.
 //
 // An output is one chain of tile products, columns ascending, whatever the other rows and outputs of a tile are.
-#include <cstring>
-
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"
@@ -13,7 +11,6 @@
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
-constexpr int kTileWords = kTileHeight * kTileColumns / 2;
 constexpr int kRows = 4, kPairs = 6;  // tile registers, two each, in turn; the first four are sums
 
 // A row of a tile, of which `columns` exist; zeros past them.
@@ -35,8 +32,7 @@ class TileProduct {
   void run() const {
     const int team = team_size(args_.threads, args_.rows * args_.columns * args_.outputs);
     parallel_ranges(team, panels_, [&](std::int64_t begin, std::int64_t end) {
-      TileShapes shapes;
-      shapes.use();
+      const TileShapes shapes;
       std::int64_t row = 0;
       for (; args_.rows - row > 2 * kTileHeight; row += 4 * kTileHeight) multiply<4, 1>(row, begin, end);
       if (args_.rows - row > kTileHeight) return multiply<2, 2>(row, begin, end);

@@ -15,9 +15,8 @@ namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
 constexpr int kHalves = kBlock / kTileColumns;
-constexpr int kRowWords = kBlock / 2;                               // of a block of x
-constexpr int kTileWords = kTileHeight * kTileColumns / 2;          // of half a block of a group's weights
-constexpr int kMostGroups = 4;                                      // side by side
+constexpr int kRowWords = kBlock / 2;  // of a block of x
+constexpr int kMostGroups = 4;         // side by side
 constexpr int kSums = 0, kRows = kMostGroups, kPairs = kRows + kHalves;  // tile registers; two of kPairs, in turn
 
 // Sixteen bfloat16 levels, for look_up_shorts.
@@ -70,9 +69,7 @@ class TileProduct {
 
   void multiply(Chunk& chunk, std::int64_t begin, std::int64_t end) const {
     chunk.units = pack(chunk);
-    TileShapes shapes;
-    for (int tile = kSums; tile < kPairs; ++tile) shapes.set(tile, chunk.height);
-    shapes.use();
+    const TileShapes shapes(kPairs, chunk.height);
     Work work;
     std::int64_t group = begin;
     for (; group + 4 <= end; group += 4) multiply_groups<4>(chunk, group, work);

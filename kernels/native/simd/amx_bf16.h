@@ -17,27 +17,20 @@ namespace peftserve::PEFTSERVE_ISA {
 
 constexpr int kTileHeight = 16;   // rows
 constexpr int kTileColumns = 32;  // bfloat16 in a row
+constexpr int kTileWords = kTileHeight * kTileColumns / 2;  // of 32 bits, in a whole tile
 constexpr int kTiles = 8;         // registers
 
-// The shapes of the tile registers of this thread, while it lives.
+// The shapes of the tile registers of this thread, while it lives: the first `count` have `height` rows, the others all.
 class TileShapes {
  public:
-  TileShapes() {
-    for (int tile = 0; tile < kTiles; ++tile) set(tile, kTileHeight);
-  }
-  // `rows` of 64 bytes; before `use`.
-  void set(int tile, int rows) {
-    config_.row_bytes[tile] = 64;
-    config_.rows[tile] = static_cast<std::uint8_t>(rows);
-  }
-  // From here on, until the end of this object.
-  void use() {
+  explicit TileShapes(int count = 0, int height = kTileHeight) {
+    for (int tile = 0; tile < kTiles; ++tile) {
+      config_.row_bytes[tile] = 64;
+      config_.rows[tile] = static_cast<std::uint8_t>(tile < count ? height : kTileHeight);
+    }
     asm volatile("ldtilecfg %0" : : "m"(config_));
-    in_use_ = true;
   }
-  ~TileShapes() {
-    if (in_use_) asm volatile("tilerelease");  // else every switch of threads would save them
-  }
+  ~TileShapes() { asm volatile("tilerelease"); }  // else every switch of threads would save them
   TileShapes(const TileShapes&) = delete;
   TileShapes& operator=(const TileShapes&) = delete;
 
@@ -48,7 +41,6 @@ class TileShapes {
     std::uint8_t rows[16] = {};
   };
   Config config_;
-  bool in_use_ = false;
 };
 
 // The instructions themselves: GCC 12's intrinsics don't tell the compiler that they read and write memory.
