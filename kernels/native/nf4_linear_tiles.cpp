@@ -48,6 +48,7 @@ class TileProduct {
         y_(static_cast<Bf16*>(args.y)),
         blocks_(args.columns / kBlock),
         groups_((args.outputs + kGroup - 1) / kGroup),
+        packed_{args.packed, args.absmax, groups_, blocks_},
         levels_(levels()) {}
 
   void run() const {
@@ -97,14 +98,6 @@ class TileProduct {
     return units;
   }
 
-  const std::uint32_t* packed(std::int64_t group, std::int64_t block) const {
-    return args_.packed + (group * blocks_ + block) * (kBlock / kCell * kGroup);
-  }
-
-  [[gnu::always_inline]] void fetch(std::int64_t group, std::int64_t block) const {
-    prefetch_block(packed(group, block), args_.absmax + (group * blocks_ + block) * kGroup);
-  }
-
   [[gnu::always_inline]] void decode(const std::uint32_t* words, std::uint32_t* pairs) const {
     constexpr int kSteps = kCell / 2;
     for (int cell = 0; cell < kBlock / kCell; ++cell) {
@@ -119,13 +112,12 @@ class TileProduct {
   [[gnu::noinline]] void multiply_groups(const Chunk& chunk, std::int64_t group, Work& work) const {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     std::memset(work.totals, 0, static_cast<std::size_t>(chunk.padded() * kStride) * sizeof(float));
-    const bool more = group + 2 * kGroups <= groups_;
-    for (int g = 0; g < kGroups; ++g) decode(packed(group + g, 0), work.weights[0][g][0]);
+    for (int g = 0; g < kGroups; ++g) decode(packed_.words(group + g, 0), work.weights[0][g][0]);
     for (std::int64_t block = 0; block < blocks_; ++block) {
       const auto& weights = work.weights[block % 2];
       auto& next = work.weights[(block + 1) % 2];
       Vec scales[kGroups];
-      for (int g = 0; g < kGroups; ++g) scales[g] = load(args_.absmax + ((group + g) * blocks_ + block) * kGroup);
+      for (int g = 0; g < kGroups; ++g) scales[g] = load(packed_.scales(group + g, block));
       const auto add_sums = [&](int tile) __attribute__((always_inline)) {
         float* totals = work.totals + std::int64_t{tile} * chunk.height * kStride;
         for (int row = 0; row < chunk.height; ++row, totals += kStride) {
@@ -149,13 +141,9 @@ class TileProduct {
           });
         });
         if (tile == 0) {  // while the tiles are multiplied
-          for (int g = 0; g < kGroups; ++g) {
-            if (block + 1 < blocks_) decode(packed(group + g, block + 1), next[g][0]);
-            if (block + kAhead < blocks_) {
-              fetch(group + g, block + kAhead);
-            } else if (more) {
-              fetch(group + kGroups + g, block + kAhead - blocks_);
-            }
+          packed_.fetch_ahead<kGroups>(group, block, kAhead);
+          for (int g = 0; g < kGroups && block + 1 < blocks_; ++g) {
+            decode(packed_.words(group + g, block + 1), next[g][0]);
           }
         } else {
           add_sums(tile - 1);
@@ -174,6 +162,7 @@ class TileProduct {
   const Bf16* x_;
   Bf16* y_;
   std::int64_t blocks_, groups_;
+  PackedBlocks packed_;
   ShortTable levels_;
 };
 
