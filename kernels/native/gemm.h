@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fetcher.h"
 #include "nf4_format.h"
 #include "rows.h"
 #include "simd.h"
@@ -227,16 +228,20 @@ struct TileSource {
   }
 };
 
-// One block of all rows of a chunk: x is [rows][kUnits].
+// One block of all rows of a chunk: x is [rows][kUnits]. Between tiles of rows the fetcher has its turns.
 template <class Dot, int kGroups, class Source>
-inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int64_t rows, Totals& totals) {
+inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int64_t rows, Totals& totals,
+                          Fetcher& fetcher) {
   const auto multiply = [&](auto count, std::int64_t row) __attribute__((always_inline)) {
     multiply_block<Dot, count.value, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
                                               Totals::kStride);
   };
   constexpr int kRows = Dot::kTileRows;
   std::int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) multiply(Index<kRows>{}, row);
+  for (; row + kRows <= rows; row += kRows) {
+    fetcher.turn();
+    multiply(Index<kRows>{}, row);
+  }
   if constexpr (kRows > 4) {
     if (row + 4 <= rows) {
       multiply(Index<4>{}, row);

@@ -1,6 +1,8 @@
 // y += scale * (x A^T) B^T by segment and slice, and a DoRA's columns scaled. All of the products with A are done before any
-// of those with B begins. Both are shared out in parts of about equal cost, since adapters differ in rank: by the rows of
-// A, and by the columns of B, which change no value.
+// of those with B begins. Adapters differ in rank, so both are cut to parts, by the rows of A and by the columns of B, which
+// changes no value, and the threads share them out by their cost: those with A in order of tokens, those with B in order of
+// columns. So it is known before who will read which weights (lora_reads), and y is for the most part where the linear layer
+// left it.
 #include "kernels.h"
 #include "low_rank.h"
 #include "parallel.h"
@@ -25,8 +27,6 @@ struct Part {
   std::int64_t block, first, end;  // rows of A, or columns of B
 };
 
-constexpr int kInner = 2;  // which scratch memory holds the products with A
-
 template <class T, class W>
 class Update {
  public:
@@ -34,9 +34,41 @@ class Update {
       : args_(args), y_(static_cast<T*>(args.y)), arena_(static_cast<const W*>(args.arena)) {}
 
   void run() {
-    static thread_local Scratch block_memory, part_memory;
+    plan();
+    parallel_shares(team_, shrinks_.bounds, [&](std::int64_t index) { shrink_part(shrinks_.parts[index]); });
+    parallel_shares(team_, expands_.bounds, [&](std::int64_t index) { expand_part(expands_.parts[index]); });
+  }
+
+  // What each thread will read of the adapters.
+  void tell(Upcoming& upcoming) {
+    plan();
+    for (int thread = 0; thread < team_; ++thread) {
+      for (std::int64_t index = shrinks_.bounds[thread]; index < shrinks_.bounds[thread + 1]; ++index) {
+        const Part& part = shrinks_.parts[index];
+        tell_rows(factor_a(blocks_[part.block]), part.first, part.end, {0, args_.columns}, thread, upcoming);
+      }
+    }
+    for (int thread = 0; thread < team_; ++thread) {
+      for (std::int64_t index = expands_.bounds[thread]; index < expands_.bounds[thread + 1]; ++index) {
+        const Part& part = expands_.parts[index];
+        const Block& block = blocks_[part.block];
+        tell_rows(factor_b(block), 0, block.rank, {part.first, part.end}, thread, upcoming);
+      }
+    }
+  }
+
+ private:
+  // Which memory holds what a plan consists of.
+  enum { kInner, kBlocks, kShrinks, kExpands };
+
+  struct Share {
+    Part* parts;
+    std::int64_t* bounds;  // of each thread's
+  };
+
+  void plan() {
     const std::int64_t most = (args_.segments + args_.tokens / kTokenBlock) * args_.slices;
-    blocks_ = static_cast<Block*>(block_memory.reserve(static_cast<std::size_t>(most) * sizeof(Block)));
+    blocks_ = scratch<Block, kBlocks>(static_cast<std::size_t>(most));
     std::int64_t inner = 0, shrinking = 0, expanding = 0;
     for (std::int64_t s = 0; s < args_.segments; ++s) {
       const std::int64_t first = args_.start[s], end = args_.start[s + 1];
@@ -49,59 +81,103 @@ class Update {
           Block& block = blocks_[count_++];
           block = {token, end - token < kTokenBlock ? end - token : kTokenBlock, table, slice, rank, inner};
           inner += block.tokens * rank;
-          shrinking += cost(block, args_.columns);
-          expanding += cost(block, args_.slice[slice].outputs);
+          shrinking += cost(block, rank, args_.columns);
+          expanding += cost(block, rank, args_.slice[slice].outputs);
         }
       }
     }
-    inner_ = scratch<float, kInner>(static_cast<std::size_t>(inner));
-    const int team = team_size(args_.threads, shrinking + expanding);
-    // Cut to pieces of total / (team * kParts) at most, there are at most so many more parts than blocks.
-    const std::int64_t most_parts = count_ + team * kParts;
-    auto* parts = static_cast<Part*>(part_memory.reserve(static_cast<std::size_t>(most_parts) * sizeof(Part)));
-    share(parts, team, shrinking, kRankPage, [&](const Block& block) { return Size{block.rank, args_.columns}; },
-          [&](const Part& part) { shrink_part(blocks_[part.block], part.first, part.end); });
-    share(parts, team, expanding, kPanel,
-          [&](const Block& block) { return Size{args_.slice[block.slice].outputs, args_.slice[block.slice].outputs}; },
-          [&](const Part& part) { expand_part(blocks_[part.block], {part.first, part.end}); });
+    inner_ = scratch<float, 2 + kInner>(static_cast<std::size_t>(inner));
+    team_ = team_size(args_.threads, shrinking + expanding);
+    plan_shrinks(shrinking);
+    plan_expands();
   }
 
- private:
-  // What of a block can be cut, and the width of the factor.
-  struct Size {
-    std::int64_t length, width;
-  };
-
-  static std::int64_t cost(const Block& block, std::int64_t width) {
-    return (block.tokens + kReadWork) * block.rank * width;
+  static std::int64_t cost(const Block& block, std::int64_t rank, std::int64_t width) {
+    return (block.tokens + kReadWork) * rank * width;
   }
 
-  // body(part) for all parts of all blocks, cut at multiples of `unit`.
-  template <class SizeOf, class Body>
-  void share(Part* parts, int team, std::int64_t total, std::int64_t unit, const SizeOf& size_of, const Body& body) const {
-    const std::int64_t limit = total / (team * kParts) + 1;
+  // In order of tokens. A block that costs more than `limit` is cut.
+  void plan_shrinks(std::int64_t total) {
+    const std::int64_t limit = total / (team_ * kParts) + 1;
+    const std::int64_t most = count_ + team_ * kParts;  // pieces but the last of each block cost as much
+    Part* parts = scratch<Part, kShrinks>(static_cast<std::size_t>(most));
     std::int64_t count = 0;
     for (std::int64_t index = 0; index < count_; ++index) {
-      const auto [length, width] = size_of(blocks_[index]);
-      const std::int64_t pieces = team == 1 ? 1 : cost(blocks_[index], width) / limit + 1;
-      const std::int64_t step = ((length + pieces - 1) / pieces + unit - 1) / unit * unit;
-      for (std::int64_t first = 0; first < length; first += step) {
-        parts[count++] = {index, first, length - first < step ? length : first + step};
+      const std::int64_t rank = blocks_[index].rank;
+      const std::int64_t all = cost(blocks_[index], rank, args_.columns);
+      std::int64_t step = rank;
+      if (team_ > 1 && all > limit) {
+        const std::int64_t pieces = all / limit + 1;
+        step = ((rank + pieces - 1) / pieces + kRankPage - 1) / kRankPage * kRankPage;
+      }
+      for (std::int64_t first = 0; first < rank; first += step) {
+        parts[count++] = {index, first, rank - first < step ? rank : first + step};
       }
     }
-    parallel_tasks(team, count, [&](std::int64_t index) { body(parts[index]); });
+    shrinks_ = shared<kShrinks>(parts, count, [&](std::int64_t index) {
+      return cost(blocks_[parts[index].block], parts[index].end - parts[index].first, args_.columns);
+    });
   }
 
-  void shrink_part(const Block& block, std::int64_t first, std::int64_t end) const {
-    const Factor<W> a{arena_, args_.a_page + block.table * args_.pages, block.rank, args_.columns};
+  // In order of columns: a slice is cut at the same ones in all blocks.
+  void plan_expands() {
+    // As many columns a piece as make kParts parts a thread, but one thread never needs all.
+    const std::int64_t pieces = team_ == 1 || count_ == 0 ? 1 : team_ * (1 + (kParts - 1) * args_.slices / count_);
+    Part* parts = scratch<Part, kExpands>(static_cast<std::size_t>(count_ * pieces));
+    std::int64_t count = 0;
+    for (std::int64_t slice = 0; slice < args_.slices; ++slice) {
+      const std::int64_t outputs = args_.slice[slice].outputs;
+      const std::int64_t step = ((outputs + pieces - 1) / pieces + kPanel - 1) / kPanel * kPanel;
+      for (std::int64_t first = 0; first < outputs; first += step) {
+        for (std::int64_t index = 0; index < count_; ++index) {
+          if (blocks_[index].slice != slice) continue;
+          parts[count++] = {index, first, outputs - first < step ? outputs : first + step};
+        }
+      }
+    }
+    expands_ = shared<kExpands>(parts, count, [&](std::int64_t index) {
+      const Block& block = blocks_[parts[index].block];
+      return cost(block, block.rank, parts[index].end - parts[index].first);
+    });
+  }
+
+  template <int kUse, class Cost>
+  Share shared(Part* parts, std::int64_t count, const Cost& cost_of) const {
+    auto* bounds = scratch<std::int64_t, kUse>(static_cast<std::size_t>(team_) + 1);
+    share(team_, count, cost_of, bounds);
+    return {parts, bounds};
+  }
+
+  Factor<W> factor_a(const Block& block) const {
+    return {arena_, args_.a_page + block.table * args_.pages, block.rank, args_.columns};
+  }
+  Factor<W> factor_b(const Block& block) const {
+    return {arena_, args_.b_page + block.table * args_.pages, block.rank, args_.slice[block.slice].outputs};
+  }
+
+  // These columns of rows first .. end of a factor, page by page; `first` begins one.
+  static void tell_rows(const Factor<W>& factor, std::int64_t first, std::int64_t end, Columns columns, int thread,
+                        Upcoming& upcoming) {
+    constexpr auto kBytes = static_cast<std::int64_t>(sizeof(W));
+    for (; first < end; first += kRankPage) {
+      upcoming.add(thread, {factor.row(first) + columns.first, columns.count() * kBytes, factor.width * kBytes,
+                            end - first < kRankPage ? end - first : kRankPage});
+    }
+  }
+
+  void shrink_part(const Part& part) const {
+    const Block& block = blocks_[part.block];
     auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));
     widen_row(static_cast<const T*>(args_.x) + block.token * args_.columns, block.tokens * args_.columns, x);
-    shrink(x, block.tokens, a.rows(first, end), inner_ + block.inner + first, block.rank);
+    const Factor<W> rows = factor_a(block).rows(part.first, part.end);
+    shrink(x, block.tokens, rows, inner_ + block.inner + part.first, block.rank);
   }
 
-  void expand_part(const Block& block, Columns columns) const {
+  void expand_part(const Part& part) const {
+    const Block& block = blocks_[part.block];
+    const Columns columns{part.first, part.end};
     const LoraAdd::Slice& slice = args_.slice[block.slice];
-    const Factor<W> b{arena_, args_.b_page + block.table * args_.pages, block.rank, slice.outputs};
+    const Factor<W> b = factor_b(block);
     const float* t = inner_ + block.inner;
     const Vec scale = broadcast(args_.scale[block.table]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[block.table];
@@ -134,16 +210,28 @@ class Update {
   Block* blocks_ = nullptr;
   std::int64_t count_ = 0;
   float* inner_ = nullptr;
+  int team_ = 1;
+  Share shrinks_{}, expands_{};
 };
+
+template <class Body>
+void with_update(const LoraAdd& args, const Body& body) {
+  with_type(args.dtype, [&](auto element) {
+    with_type(args.arena_dtype, [&](auto weight) {
+      Update<typename decltype(element)::type, typename decltype(weight)::type> update(args);
+      body(update);
+    });
+  });
+}
 
 }  // namespace
 
 void lora_add(const LoraAdd& args) {
-  with_type(args.dtype, [&](auto element) {
-    with_type(args.arena_dtype, [&](auto weight) {
-      Update<typename decltype(element)::type, typename decltype(weight)::type>(args).run();
-    });
-  });
+  with_update(args, [](auto& update) { update.run(); });
+}
+
+void lora_reads(const LoraAdd& args, Upcoming& upcoming) {
+  with_update(args, [&](auto& update) { update.tell(upcoming); });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

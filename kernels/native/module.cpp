@@ -60,7 +60,7 @@ NB_MODULE(_native, m) {
                          std::int64_t rows, std::int64_t columns, std::int64_t outputs, int threads) {
     call(current->nf4_linear,
          Nf4Linear{at<void>(x), at<void>(y), at<std::uint32_t>(packed), at<float>(absmax), at<float>(bias),
-                   static_cast<Dtype>(dtype), rows, columns, outputs, threads});
+                   static_cast<Dtype>(dtype), rows, columns, outputs, threads, nullptr});
   });
   m.def("linear_logits", [](Address x, Address weight, Address y, int x_dtype, int weight_dtype, std::int64_t rows,
                             std::int64_t columns, std::int64_t outputs, int threads) {
@@ -108,7 +108,8 @@ NB_MODULE(_native, m) {
          PagedAttention{at<void>(q), at<void>(out), at<void>(k_cache), at<void>(v_cache),
                         at<std::int32_t>(block_tables), at<std::int32_t>(query_start), at<std::int32_t>(context_len),
                         static_cast<Dtype>(dtype), static_cast<Dtype>(cache_dtype), tokens, sequences, max_blocks,
-                        num_heads, num_kv_heads, head_dim, page_size, window, scale, threads});
+                        num_heads, num_kv_heads, head_dim, page_size, window, scale, threads},
+         current->attention_reads, 2);  // more than there is time for beside one product
   });
   m.def("lora_add", [](Address y, Address x, Address start, Address slot, Address arena, Address rank, Address scale,
                        Address row_scale, Address a_page, Address b_page, nb::handle slices, int dtype,
@@ -124,11 +125,16 @@ NB_MODULE(_native, m) {
     const auto op = current->lora_add;
     op(args);
     if (Tape::recording == nullptr) return;
-    Tape::recording->add([op, args, pieces]() mutable {
-      args.slice = pieces.data();  // a tape keeps its own copy
-      op(args);
-      return true;
-    });
+    // A tape keeps its own copy of the slices.
+    Tape::recording->add({.make = [op, args, pieces](const Upcoming&) mutable {
+                            args.slice = pieces.data();
+                            op(args);
+                            return true;
+                          },
+                          .reads = [reads = current->lora_reads, args, pieces](Upcoming& upcoming) mutable {
+                            args.slice = pieces.data();
+                            reads(args, upcoming);
+                          }});
   });
   m.def("bottleneck_add", [](Address stream, Address hidden, Address residual, Address start, Address slot,
                              Address arena, Address width, Address scale, Address down_page, Address up_page,

@@ -1,3 +1,4 @@
+#include "fetcher.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -154,23 +155,25 @@ class Product {
       auto* units = scratch<std::uint32_t>(unit_count(kRows));
       pack(0, kRows, 0, kRows, units);
       constexpr int kGroups = Fused<Dot>::groups(kRows);
+      Fetcher fetcher(args_.upcoming, (end - begin) / kGroups * blocks_, kFewRowsLines);
       std::int64_t group = begin;
-      for (; group + kGroups <= end; group += kGroups) fused<kRows, kGroups>(units, group);
+      for (; group + kGroups <= end; group += kGroups) fused<kRows, kGroups>(units, group, fetcher);
       if constexpr (kGroups >= 4) {
-        for (; group + kGroups / 2 <= end; group += kGroups / 2) fused<kRows, kGroups / 2>(units, group);
+        for (; group + kGroups / 2 <= end; group += kGroups / 2) fused<kRows, kGroups / 2>(units, group, fetcher);
       }
-      for (; group < end; ++group) fused<kRows, 1>(units, group);
+      for (; group < end; ++group) fused<kRows, 1>(units, group, fetcher);
     } else if constexpr (kRows < Fused<Dot>::kRows) {
       few_rows<kRows + 1>(begin, end);
     }
   }
 
   template <int kRows, int kGroups>
-  void fused(const std::uint32_t* units, std::int64_t group) const {
+  void fused(const std::uint32_t* units, std::int64_t group, Fetcher& fetcher) const {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     alignas(64) float totals[kRows * kStride] = {};
     for (std::int64_t block = 0; block < blocks_; ++block) {
       packed_.fetch_ahead<kGroups>(group, block, kGroups > 1 ? kAhead : blocks_);  // one alone the hardware follows
+      fetcher.turn();
       multiply_block<Dot, kRows, kGroups>(source(group, block), units + block * kRows * Dot::kUnits, totals, kStride);
     }
     store_totals(totals, kStride, kRows, group * kGroup, kGroups, args_.bias, y_, args_.outputs);
@@ -178,13 +181,16 @@ class Product {
 
   void chunk(const std::uint32_t* units, std::int64_t first, std::int64_t rows, std::int64_t begin,
              std::int64_t end) const {
+    const std::int64_t tiles = (end - begin) / kTileGroups * blocks_;
+    Fetcher fetcher(first == 0 ? args_.upcoming : nullptr, tiles * (rows / Tiled::kTileRows), kTileLines);
     std::int64_t group = begin;
-    for (; group + kTileGroups <= end; group += kTileGroups) tiled<kTileGroups>(units, first, rows, group);
-    for (; group < end; ++group) tiled<1>(units, first, rows, group);
+    for (; group + kTileGroups <= end; group += kTileGroups) tiled<kTileGroups>(units, first, rows, group, fetcher);
+    for (; group < end; ++group) tiled<1>(units, first, rows, group, fetcher);
   }
 
   template <int kGroups>
-  void tiled(const std::uint32_t* units, std::int64_t first, std::int64_t rows, std::int64_t group) const {
+  void tiled(const std::uint32_t* units, std::int64_t first, std::int64_t rows, std::int64_t group,
+             Fetcher& fetcher) const {
     Tile<Tiled> tile;
     Totals totals;
     std::memset(totals.values, 0, static_cast<std::size_t>(rows * Totals::kStride) * sizeof(float));
@@ -194,7 +200,7 @@ class Product {
       const PackedSource<Dot> packed = source(group, block);
       decode<kGroups>(packed, tile);
       const TileSource<Tiled> decoded{tile.words, packed.scales, packed.scale_stride};
-      multiply_rows<Tiled, kGroups>(decoded, units + block * rows * Dot::kUnits, rows, totals);
+      multiply_rows<Tiled, kGroups>(decoded, units + block * rows * Dot::kUnits, rows, totals, fetcher);
     }
     store_totals(totals.values, Totals::kStride, rows, group * kGroup, kGroups, args_.bias, y_ + first * args_.outputs,
                  args_.outputs);

@@ -6,6 +6,7 @@
 // them; the rows that fill a tile up are zeros.
 #include <cstring>
 
+#include "fetcher.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -72,10 +73,12 @@ class TileProduct {
     chunk.units = pack(chunk);
     const TileShapes shapes(kPairs, chunk.height);
     Work work;
+    const std::int64_t turns = (end - begin) / 4 * blocks_ * chunk.tiles;
+    Fetcher fetcher(chunk.first == 0 ? args_.upcoming : nullptr, turns, kTileLines / 2);  // a tile takes less time here
     std::int64_t group = begin;
-    for (; group + 4 <= end; group += 4) multiply_groups<4>(chunk, group, work);
-    for (; group + 2 <= end; group += 2) multiply_groups<2>(chunk, group, work);
-    for (; group < end; ++group) multiply_groups<1>(chunk, group, work);
+    for (; group + 4 <= end; group += 4) multiply_groups<4>(chunk, group, work, fetcher);
+    for (; group + 2 <= end; group += 2) multiply_groups<2>(chunk, group, work, fetcher);
+    for (; group < end; ++group) multiply_groups<1>(chunk, group, work, fetcher);
   }
 
   // Each thread for itself: it takes less time than waiting for one another.
@@ -109,7 +112,7 @@ class TileProduct {
   }
 
   template <int kGroups>
-  [[gnu::noinline]] void multiply_groups(const Chunk& chunk, std::int64_t group, Work& work) const {
+  [[gnu::noinline]] void multiply_groups(const Chunk& chunk, std::int64_t group, Work& work, Fetcher& fetcher) const {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     std::memset(work.totals, 0, static_cast<std::size_t>(chunk.padded() * kStride) * sizeof(float));
     for (int g = 0; g < kGroups; ++g) decode(packed_.words(group + g, 0), work.weights[0][g][0]);
@@ -140,6 +143,7 @@ class TileProduct {
             dot_tiles<kSums + kOf, kRows + kHalf, kTile>();
           });
         });
+        fetcher.turn();
         if (tile == 0) {  // while the tiles are multiplied
           packed_.fetch_ahead<kGroups>(group, block, kAhead);
           for (int g = 0; g < kGroups && block + 1 < blocks_; ++g) {

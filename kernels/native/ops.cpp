@@ -17,6 +17,8 @@ const Ops kOps{
     .lora_add = lora_add,
     .bottleneck_add = bottleneck_add,
     .sample = sample,
+    .lora_reads = lora_reads,
+    .attention_reads = attention_reads,
 };
 
 }  // namespace peftserve::PEFTSERVE_ISA

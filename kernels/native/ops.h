@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "types.h"
+#include "upcoming.h"
 
 namespace peftserve {
 
@@ -18,6 +19,7 @@ struct Nf4Linear {
   Dtype dtype;
   std::int64_t rows, columns, outputs;
   int threads;
+  const Upcoming* upcoming;  // fetched meanwhile; or null
 };
 
 struct LinearLogits {
@@ -160,6 +162,9 @@ struct Ops {
   void (*lora_add)(const LoraAdd&);
   void (*bottleneck_add)(const BottleneckAdd&);
   void (*sample)(const Sample&);
+  // What the op of these arguments will read of the memory, by thread. Its inputs need not be there yet, its tables must.
+  void (*lora_reads)(const LoraAdd&, Upcoming&);
+  void (*attention_reads)(const PagedAttention&, Upcoming&);
 };
 
 // With tiles (AMX): what is not here is avx512_vnni's.

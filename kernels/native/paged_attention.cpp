@@ -80,7 +80,27 @@ class Attention {
     for (int i = 0; i < kKeys; ++i) positions_[i] = static_cast<float>(i);
   }
 
-  void run() const {
+  void run() {
+    plan();
+    parallel_shares(team_, bounds_, [&](std::int64_t group) {
+      for (std::int64_t index = group * heads_; index < (group + 1) * heads_; ++index) {
+        attend(tasks_[index], index + 1 < count_ ? &tasks_[index + 1] : nullptr);
+      }
+    });
+  }
+
+  // What each thread will read of the caches.
+  void tell(Upcoming& upcoming) {
+    plan();
+    for (int thread = 0; thread < team_; ++thread) {
+      for (std::int64_t index = bounds_[thread] * heads_; index < bounds_[thread + 1] * heads_; index += heads_) {
+        tell_pages(tasks_[index], thread, upcoming);
+      }
+    }
+  }
+
+ private:
+  void plan() {
     const std::int64_t block = kTaskRows > shared_ ? kTaskRows / shared_ : 1;
     std::int64_t count = 0;
     for (std::int64_t s = 0; s < args_.sequences; ++s) count += (queries(s) + block - 1) / block * args_.num_kv_heads;
@@ -97,19 +117,34 @@ class Attention {
         }
       }
     }
-    const int team = team_size(args_.threads, 2 * seen * args_.num_heads * args_.head_dim);
-    // Threads take tasks in turns: what a thread takes next is most likely as many tasks away as there are threads.
+    tasks_ = tasks;
+    count_ = count;
+    team_ = team_size(args_.threads, 2 * seen * args_.num_heads * args_.head_dim);
     // Heads lie side by side in a page: where there are tasks enough, one thread has all of them.
-    const std::int64_t heads = count / args_.num_kv_heads >= 4 * team ? args_.num_kv_heads : 1;
-    parallel_tasks(team, count / heads, [&](std::int64_t group) {
-      for (std::int64_t index = group * heads; index < (group + 1) * heads; ++index) {
-        const std::int64_t next = index + 1 < (group + 1) * heads ? index + 1 : index + 1 + (team - 1) * heads;
-        attend(tasks[index], next < count ? &tasks[next] : nullptr);
-      }
-    });
+    heads_ = count / args_.num_kv_heads >= 4 * team_ ? args_.num_kv_heads : 1;
+    bounds_ = scratch<std::int64_t>(static_cast<std::size_t>(team_) + 1);
+    share(team_, count / heads_, [&](std::int64_t group) {
+      const Task& task = tasks[group * heads_];
+      return task.queries * (task.position + task.queries);
+    }, bounds_);
   }
 
- private:
+  // The keys and values that a task of one query and those of its sequence's next heads see.
+  void tell_pages(const Task& task, int thread, Upcoming& upcoming) const {
+    constexpr auto kBytes = static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t head = args_.page_size * args_.head_dim, end = task.position + task.queries;
+    for (std::int64_t position = first_seen(task.position); position < end;) {
+      const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
+      const std::int64_t left = args_.page_size - in_page, here = left < end - position ? left : end - position;
+      const std::int64_t id = args_.block_tables[task.sequence * args_.max_blocks + page];
+      const std::int64_t at = (id * args_.num_kv_heads + task.kv_head) * head + in_page * args_.head_dim;
+      for (const T* cache : {k_, v_}) {
+        upcoming.add(thread, {cache + at, here * args_.head_dim * kBytes, head * kBytes, heads_});
+      }
+      position += here;
+    }
+  }
+
   // A block as far as a task sees it: the positions start + range, and where in the caches each of them begins.
   struct Block {
     std::int64_t start;
@@ -429,6 +464,10 @@ class Attention {
   }
 
   const PagedAttention& args_;
+  const Task* tasks_ = nullptr;
+  std::int64_t count_ = 0, heads_ = 1;  // of tasks, and how many of them a thread takes at a time
+  int team_ = 1;
+  std::int64_t* bounds_ = nullptr;  // of each thread's
   const T* k_;
   const T* v_;
   std::int64_t shared_;       // heads that read one KV head
@@ -440,6 +479,12 @@ class Attention {
 };
 
 }  // namespace
+
+void attention_reads(const PagedAttention& args, Upcoming& upcoming) {
+  with_type(args.cache_dtype, [&](auto element) {
+    Attention<typename decltype(element)::type>(args).tell(upcoming);
+  });
+}
 
 void paged_attention(const PagedAttention& args) {
   const std::int64_t row = args.num_heads * args.head_dim, used = args.query_start[args.sequences];

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 
@@ -33,6 +34,41 @@ inline void parallel_phases(int threads, std::int64_t first_count, const First& 
                             const Second& second) {
   parallel_ranges(threads, first_count, first);
   parallel_ranges(threads, second_count, second);
+}
+
+// A split of 0 .. count into one contiguous range a thread, such that all cost about the same: thread t has those from
+// bounds[t] up to bounds[t + 1].
+template <class Cost>
+inline void share(int threads, std::int64_t count, const Cost& cost, std::int64_t* bounds) {
+  std::int64_t total = 0, before = 0;
+  for (std::int64_t index = 0; index < count; ++index) total += cost(index);
+  int thread = 0;
+  bounds[0] = 0;
+  for (std::int64_t index = 0; index < count; ++index) {
+    const std::int64_t here = cost(index);
+    // An index belongs to the thread in whose part of the total its middle lies.
+    while (thread + 1 < threads && (2 * before + here) * threads >= 2 * total * (thread + 1)) bounds[++thread] = index;
+    before += here;
+  }
+  while (thread < threads) bounds[++thread] = count;
+}
+
+// body(index) for each of bounds[0] .. bounds[threads], split as `share` has it; who is done helps the others.
+template <class Body>
+inline void parallel_shares(int threads, const std::int64_t* bounds, const Body& body) {
+  const std::int64_t count = bounds[threads];
+  if (threads <= 1 || count <= 1) {
+    for (std::int64_t index = 0; index < count; ++index) body(index);
+    return;
+  }
+  auto* next = scratch<std::atomic<std::int64_t>>(static_cast<std::size_t>(threads));
+  for (int thread = 0; thread < threads; ++thread) next[thread].store(bounds[thread], std::memory_order_relaxed);
+  Pool::shared().run(threads, [&](int own, int) {
+    for (int turn = 0; turn < threads; ++turn) {
+      const int of = own + turn < threads ? own + turn : own + turn - threads;
+      for (std::int64_t index; (index = next[of].fetch_add(1, std::memory_order_relaxed)) < bounds[of + 1];) body(index);
+    }
+  });
 }
 
 // body(index) for each of 0 .. count, uneven tasks: threads take the next one as they get free.

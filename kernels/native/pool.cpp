@@ -57,6 +57,8 @@ void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old,
 
 std::atomic<Pool*> pool{nullptr};
 
+thread_local int this_thread = 0;
+
 }  // namespace
 
 // In a forked child: the parent's pool is left as it lies, without threads.
@@ -71,6 +73,8 @@ Pool& Pool::shared() {
   (void)made;
   return *pool.load(std::memory_order_acquire);
 }
+
+int Pool::thread() { return this_thread; }
 
 void Pool::start(int threads, Call call, const void* context) {
   const std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
@@ -111,6 +115,7 @@ bool Pool::has_core(int index) const {
 }
 
 void Pool::work(int index, std::uint32_t seen) {
+  this_thread = index;
   for (;;) {
     wait_for_change(epoch_, seen, [&] { return has_core(index); });
     ++seen;  // the next job does not come before this one is answered

@@ -26,6 +26,9 @@ class Pool {
           &job);
   }
 
+  // Which of a team the calling thread is; 0 for one that is not of the pool.
+  static int thread();
+
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
