@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.config": {"peftserve.errors"},
     "peftserve.settings": LEAVES,
     "peftserve.log": LEAVES,
+    "peftserve.memory": set(),
     "peftserve.metrics": LEAVES | {"peftserve.engine.messages"},
     "peftserve.text": LEAVES,
     "peftserve.adapters": LEAVES | SPEC,
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     | SPEC
     | {"peftserve.adapters", "peftserve.engine", "peftserve.engine.messages", "peftserve.model", "peftserve_kernels"},
     "peftserve.engine.process": LEAVES
-    | {"peftserve.engine", "peftserve.engine.messages", "peftserve.engine.build", "peftserve.log"},
+    | {"peftserve.engine", "peftserve.engine.messages", "peftserve.engine.build", "peftserve.log", "peftserve.memory"},
     "peftserve.api": LEAVES
     | SPEC
     | {

@@ -22,7 +22,7 @@ import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
 
-from peftserve import __version__, log
+from peftserve import __version__, log, memory
 from peftserve.adapters.blobs import adapters_root
 from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.store import AdapterStore
@@ -81,6 +81,8 @@ async def _serve(config: Config, listener: socket.socket, ready: Callable[[Addre
             try:
                 await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
+                    memory.release_freed()
+                    memory.drop_library_pages()
                     _announce(addresses, services.model_name, starting.result())
                     if ready is not None:
                         ready(addresses)

@@ -11,9 +11,9 @@ from peftserve_kernels.nf4 import Nf4Layout, Nf4Weight
 def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
     """See `peftserve_kernels.nf4_linear`. A weight in rows is tiled first, at each call: tile it once at load.
 
-    With bf16 activations on AMX the sixteen levels are bf16 and products are summed in float32, block by block; on AVX-512
-    (VNNI) and AVX2 both are 16-bit integers, scaled by block, with exact sums (`ShortDot` in kernels/native/gemm.h);
-    elsewhere everything is float32. The bits of a row of y depend on that row of x alone.
+    With bf16 activations on AMX the sixteen levels are bf16 and products are summed in float32, block by block; on
+    AVX-512 with VNNI and on AVX2 both are 16-bit integers, scaled by block, with exact sums (`ShortDot` in
+    kernels/native/gemm.h); elsewhere everything is float32. The bits of a row of y depend on that row of x alone.
     """
     rows, (outputs, columns) = x.shape[0], weight.shape
     if weight.layout is not Nf4Layout.TILES:

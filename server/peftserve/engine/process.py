@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from peftserve import log as logging_setup
+from peftserve import memory
 from peftserve.config import EngineConfig
 from peftserve.engine.channel import EngineChannel
 from peftserve.engine.core import EngineCore
@@ -21,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 # While requests wait but none can run, look again this often: ageing is by the clock.
 _WAITING_POLL_S = 0.05
+# After so long without work, give back what work has left.
+_REST_S = 1.0
 
 
 def main(fd: int) -> int:
@@ -53,6 +56,8 @@ def _serve(channel: EngineChannel) -> int:
     # What is there now stays: no collection needs to go through torch's modules again, which takes 0.1 s.
     gc.collect()
     gc.freeze()
+    memory.release_freed()
+    memory.drop_library_pages()
     channel.send(Ready(info=info))
     log.info("engine ready", pid=os.getpid(), device=info.device, dtype=info.dtype, kv_pages=info.num_kv_pages)
     for command in early:
@@ -62,8 +67,16 @@ def _serve(channel: EngineChannel) -> int:
 
 def run(core: EngineCore, channel: EngineChannel) -> int:
     """The loop of the process: commands in, a step, what it produced out."""
+    is_rested = True
     while True:
-        commands = channel.receive(_patience(core))
+        patience = _patience(core)
+        if patience is None and not is_rested:
+            patience = _REST_S
+        commands = channel.receive(patience)
+        if patience == _REST_S and not commands:
+            memory.release_freed()
+            is_rested = True
+            continue
         for command in commands:
             if isinstance(command, Shutdown):
                 core.scheduler.fail_all(UnavailableError("the server is shutting down"))
@@ -72,6 +85,7 @@ def run(core: EngineCore, channel: EngineChannel) -> int:
                 return 0
             core.handle(command)
         update = core.step()
+        is_rested = is_rested and not update.num_batch_tokens and not update.residency
         # A command is always answered, if only with the state: that is what a `Ping` is for.
         if commands or update.events or update.num_batch_tokens or update.residency or update.gone:
             channel.send(update)
