@@ -4,6 +4,7 @@
 #include "math.h"
 #include "parallel.h"
 #include "rows.h"
+#include "widen.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 
@@ -46,10 +47,15 @@ void silu_mul(const SiluMul& args) {
       for (std::int64_t row = begin; row < end; ++row) {
         const T* gate = static_cast<const T*>(args.gate_up) + row * 2 * size;
         T* y = static_cast<T*>(args.y) + row * size;
-        for_vectors(size, [&](std::int64_t at, int count) __attribute__((always_inline)) {
-          const Vec g = load_part(gate + at, count);
-          const Vec silu = div(g, add(broadcast(1.0f), exp(sub(zero(), g))));
-          store_part(y + at, count, mul(silu, load_part(gate + size + at, count)));
+        for_vectors_as<Pairs<T>::kSplit>(size, [&](std::int64_t at, auto n, int count) __attribute__((always_inline)) {
+          Vec g[n.value], up[n.value];
+          read_as(gate + at, count, g);
+          read_as(gate + size + at, count, up);
+          unroll<n.value>([&](auto v) __attribute__((always_inline)) {
+            const Vec silu = div(g[v.value], add(broadcast(1.0f), exp(sub(zero(), g[v.value]))));
+            up[v.value] = mul(silu, up[v.value]);
+          });
+          store_as(y + at, count, up);
         });
       }
     });

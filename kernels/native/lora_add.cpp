@@ -58,6 +58,8 @@ class Update {
   }
 
  private:
+  static constexpr bool kSplit = Pairs<T>::kSplit && std::is_same_v<T, W>;
+
   // Which memory holds what a plan consists of.
   enum { kInner, kBlocks, kShrinks, kExpands };
 
@@ -168,9 +170,12 @@ class Update {
   void shrink_part(const Part& part) const {
     const Block& block = blocks_[part.block];
     auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));
-    widen_row(static_cast<const T*>(args_.x) + block.token * args_.columns, block.tokens * args_.columns, x);
+    const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
+    for (std::int64_t m = 0; m < block.tokens; ++m) {
+      widen_row_as<kSplit>(from + m * args_.columns, args_.columns, x + m * args_.columns);
+    }
     const Factor<W> rows = factor_a(block).rows(part.first, part.end);
-    shrink(x, block.tokens, rows, inner_ + block.inner + part.first, block.rank);
+    shrink<kSplit>(x, block.tokens, rows, inner_ + block.inner + part.first, block.rank);
   }
 
   void expand_part(const Part& part) const {
@@ -182,26 +187,21 @@ class Update {
     const Vec scale = broadcast(args_.scale[block.table]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[block.table];
     T* y = y_ + block.token * y_stride + slice.offset;
-    const auto sum = [&](const T* to, int lanes, const float* delta) __attribute__((always_inline)) {
-      return fma(scale, load_part(delta, lanes), load_part(to, lanes));
-    };
-    if (row_scale < 0) {
-      expand(t, block.tokens, b, columns, [&](std::int64_t m, std::int64_t column, std::int64_t count, const float* delta) {
-        T* to = y + m * y_stride + column;
-        for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
-          store_part(to + at, lanes, sum(to + at, lanes, delta + at));
+    const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1
+    expand<kSplit>(t, block.tokens, b, columns, [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
+      T* to = y + m * y_stride + first;
+      for_vectors_as<kSplit>(count, [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
+        Vec sum[n.value], before[n.value], more[n.value] = {};
+        read_as(sums + at, lanes, sum);
+        read_as(to + at, lanes, before);
+        if (excess != nullptr) read_as(excess + first + at, lanes, more);
+        unroll<n.value>([&](auto v) __attribute__((always_inline)) {
+          sum[v.value] = fma(scale, sum[v.value], before[v.value]);
+          if (excess != nullptr) sum[v.value] = fma(more[v.value], sum[v.value], sum[v.value]);
         });
+        store_as(to + at, lanes, sum);
       });
-    } else {
-      const W* excess = arena_ + row_scale;  // of g over 1
-      expand(t, block.tokens, b, columns, [&](std::int64_t m, std::int64_t column, std::int64_t count, const float* delta) {
-        T* to = y + m * y_stride + column;
-        for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
-          const Vec updated = sum(to + at, lanes, delta + at);
-          store_part(to + at, lanes, fma(load_part(excess + column + at, lanes), updated, updated));
-        });
-      });
-    }
+    });
   }
 
   const LoraAdd& args_;

@@ -1,4 +1,5 @@
 // Products with low-rank factors in rank pages (see peftserve_kernels/rank_pages.py), for LoRA and bottleneck adapters.
+// With kSplit all rows of floats are in split order (widen_row_as): x, and the sums that `expand` gives.
 //
 // shrink: t[m, i] = sum over k of x[m, k] * a[i, k], lanes over k, one chain a value, then the lanes' sum.
 // expand: the sum over i of t[m, i] * b[i, n], lanes over n, i ascending. Neither depends on which rows share a tile.
@@ -53,21 +54,24 @@ struct Ahead {
 };
 
 // t[m, i] for kTokens rows of x and kRanks adjacent rows of a.
-template <int kTokens, int kRanks, class W>
+template <int kTokens, int kRanks, bool kSplit, class W>
 inline void shrink_tile(const float* x, const W* a, std::int64_t columns, float* t, std::int64_t t_stride, Ahead ahead) {
   constexpr int kCount = kTokens * kRanks;
   Vec sums[kTokens][kRanks];
   unroll<kCount>([&](auto i) __attribute__((always_inline)) { sums[i.value / kRanks][i.value % kRanks] = zero(); });
-  for_vectors(columns, [&](std::int64_t column, int count) __attribute__((always_inline)) {
-    ahead.fetch();
-    Vec inputs[kTokens];
+  for_vectors_as<kSplit>(columns, [&](std::int64_t column, auto n, int count) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(n)::value;
+    unroll<kVectors>([&](auto) __attribute__((always_inline)) { ahead.fetch(); });
+    Vec inputs[kTokens][kVectors];
     unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-      inputs[m.value] = load_part(x + m.value * columns + column, count);
+      read_as(x + m.value * columns + column, count, inputs[m.value]);
     });
     unroll<kRanks>([&](auto i) __attribute__((always_inline)) {
-      const Vec weight = load_part(a + i.value * columns + column, count);
-      unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-        sums[m.value][i.value] = fma(weight, inputs[m.value], sums[m.value][i.value]);
+      Vec weights[kVectors];
+      read_as(a + i.value * columns + column, count, weights);
+      unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
+        constexpr int kVector = decltype(at)::value / kTokens, kToken = decltype(at)::value % kTokens;
+        sums[kToken][i.value] = fma(weights[kVector], inputs[kToken][kVector], sums[kToken][i.value]);
       });
     });
   });
@@ -86,11 +90,11 @@ template <class Body>
   for (; m < tokens; ++m) body(Index<1>{}, m);
 }
 
-template <int kRanks, class W>
+template <int kRanks, bool kSplit, class W>
 inline void shrink_rows(const float* x, std::int64_t tokens, const W* a, std::int64_t columns, float* t,
                         std::int64_t t_stride, Ahead ahead) {
   for_token_tiles(tokens, [&](auto count, std::int64_t m) __attribute__((always_inline)) {
-    shrink_tile<count.value, kRanks>(x + m * columns, a, columns, t + m * t_stride, t_stride, m == 0 ? ahead : Ahead{});
+    shrink_tile<count.value, kRanks, kSplit>(x + m * columns, a, columns, t + m * t_stride, t_stride, m == 0 ? ahead : Ahead{});
   });
 }
 
@@ -102,18 +106,18 @@ inline Ahead next_rows(const Factor<W>& a, std::int64_t i) {
 }
 
 // x: [tokens][a.width]; t: [tokens][a.rank], rows `t_stride` apart.
-template <class W>
+template <bool kSplit = false, class W>
 inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t, std::int64_t t_stride) {
   const auto rows = [&](auto count, std::int64_t i) {
     const Ahead ahead = next_rows(a, i);
     if constexpr (!std::is_same_v<W, float>) {
       if (tokens > 2) {  // each weight is widened once for all of them
         auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
-        widen_row(a.row(i), count.value * a.width, wide);  // rows of a tile share a page
-        return shrink_rows<count.value>(x, tokens, wide, a.width, t + i, t_stride, ahead);
+        for (int row = 0; row < count.value; ++row) widen_row_as<kSplit>(a.row(i + row), a.width, wide + row * a.width);
+        return shrink_rows<count.value, false>(x, tokens, wide, a.width, t + i, t_stride, ahead);
       }
     }
-    shrink_rows<count.value>(x, tokens, a.row(i), a.width, t + i, t_stride, ahead);
+    shrink_rows<count.value, kSplit && !std::is_same_v<W, float>>(x, tokens, a.row(i), a.width, t + i, t_stride, ahead);
   };
   std::int64_t i = 0;
   for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
@@ -132,18 +136,16 @@ template <class W>
 
 // `count` columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last one. The next panel's are
 // fetched meanwhile: rows lie so far apart that the hardware does not foresee it.
-template <class W>
+template <bool kSplit, class W>
 inline void widen_panel(const Factor<W>& b, std::int64_t first, std::int64_t count, float* wide) {
   for (std::int64_t i = 0; i < b.rank; ++i, wide += kPanel) {
     const W* row = b.row(i) + first;
     prefetch_next_panel(row);
     if (count == kPanel) {
-      unroll<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
-        store(wide + v.value * kLanes, load(row + v.value * kLanes));
-      });
+      widen_row_as<kSplit>(row, kPanel, wide);
     } else {
       for (std::int64_t column = 0; column < kPanel; ++column) wide[column] = 0.0f;
-      widen_row(row, count, wide);
+      widen_row_as<kSplit>(row, count, wide);
     }
   }
 }
@@ -173,7 +175,7 @@ inline void expand_tile(const float* t, std::int64_t rank, const float* weights,
 
 // Adds rows i .. i + kRanks of b to the sums [kTokens][columns], where row 0 begins them: the same chains of products as
 // expand_tile's. Meanwhile the rows from `next` on are fetched, as far as there are any.
-template <int kTokens, int kRanks, class W>
+template <int kTokens, int kRanks, bool kSplit, class W>
 inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Columns columns, const W* next, float* sums) {
   const W* weights = b.row(i) + columns.first;
   Vec inner[kTokens][kRanks];
@@ -181,48 +183,54 @@ inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Colu
     constexpr int kToken = decltype(at)::value / kRanks, kRank = decltype(at)::value % kRanks;
     inner[kToken][kRank] = broadcast(t[kToken * b.rank + i + kRank]);
   });
-  for_vectors(columns.count(), [&](std::int64_t column, int count) __attribute__((always_inline)) {
+  for_vectors_as<kSplit>(columns.count(), [&](std::int64_t column, auto n, int count) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(n)::value;
     if (next != nullptr) {
       unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
         __builtin_prefetch(next + columns.first + r.value * b.width + column);
       });
     }
-    Vec totals[kTokens];
-    unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-      totals[m.value] = i == 0 ? zero() : load_part(sums + m.value * columns.count() + column, count);
+    Vec totals[kTokens][kVectors];
+    unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
+      constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
+      const float* from = sums + kToken * columns.count() + column + kVector * kLanes;
+      totals[kToken][kVector] = i == 0 ? zero() : load_part(from, count);
     });
     unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
-      const Vec weight = load_part(weights + r.value * b.width + column, count);
-      unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-        totals[m.value] = fma(inner[m.value][r.value], weight, totals[m.value]);
+      Vec weight[kVectors];
+      read_as(weights + r.value * b.width + column, count, weight);
+      unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
+        constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
+        totals[kToken][kVector] = fma(inner[kToken][r.value], weight[kVector], totals[kToken][kVector]);
       });
     });
-    unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-      store_part(sums + m.value * columns.count() + column, count, totals[m.value]);
+    unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
+      constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
+      store_part(sums + kToken * columns.count() + column + kVector * kLanes, count, totals[kToken][kVector]);
     });
   });
 }
 
 // Row after row, as they lie in memory: for so few tokens that their sums stay in the cache.
-template <int kTokens, class W>
+template <int kTokens, bool kSplit, class W>
 inline void expand_few(const float* t, const Factor<W>& b, Columns columns, float* sums) {
   std::int64_t i = 0;
   for (; i + kRankTile <= b.rank; i += kRankTile) {
     const W* next = i + 2 * kRankTile <= b.rank ? b.row(i + kRankTile) : nullptr;
-    expand_rows<kTokens, kRankTile>(t, b, i, columns, next, sums);
+    expand_rows<kTokens, kRankTile, kSplit>(t, b, i, columns, next, sums);
   }
-  for (; i < b.rank; ++i) expand_rows<kTokens, 1>(t, b, i, columns, static_cast<const W*>(nullptr), sums);
+  for (; i < b.rank; ++i) expand_rows<kTokens, 1, kSplit>(t, b, i, columns, static_cast<const W*>(nullptr), sums);
 }
 
 // t: [tokens][b.rank]. add_to(token, column, count, sums) for all tokens and columns, `count` columns at a time.
-template <class W, class Add>
+template <bool kSplit = false, class W, class Add>
 inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Columns columns, const Add& add_to) {
   if (tokens <= 2) {
     auto* sums = scratch<float, kWideRows>(static_cast<std::size_t>(tokens * columns.count()));
     if (tokens == 1) {
-      expand_few<1>(t, b, columns, sums);
+      expand_few<1, kSplit>(t, b, columns, sums);
     } else {
-      expand_few<2>(t, b, columns, sums);
+      expand_few<2, kSplit>(t, b, columns, sums);
     }
     for (std::int64_t m = 0; m < tokens; ++m) add_to(m, columns.first, columns.count(), sums + m * columns.count());
     return;
@@ -231,7 +239,7 @@ inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Colu
   float* sums = wide + b.rank * kPanel;
   for (std::int64_t first = columns.first; first < columns.end; first += kPanel) {
     const std::int64_t count = columns.end - first < kPanel ? columns.end - first : kPanel;
-    widen_panel(b, first, count, wide);
+    widen_panel<kSplit>(b, first, count, wide);
     for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
       expand_tile<tile.value>(t + m * b.rank, b.rank, wide, sums + m * kPanel);
     });

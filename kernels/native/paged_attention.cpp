@@ -7,6 +7,7 @@
 // prefill, in any chunk of it and as a decode step. Positions that no row of a task sees are never read: pages hold
 // anything there.
 #include <cstring>
+#include <type_traits>
 
 #include "dtypes.h"
 #include "kernels.h"
@@ -451,10 +452,14 @@ class Attention {
       const std::int64_t joined = pairs_ * kPair;
       if constexpr (Pairs<T>::kSplit) {
         for (std::int64_t at = 0; at < joined; at += kPair) {
-          Vec low = div(load(sums + at), total), high = div(load(sums + at + kLanes), total);
-          Pairs<T>::join(low, high);
-          store(to + at, low);
-          store(to + at + kLanes, high);
+          Vec even = div(load(sums + at), total), odd = div(load(sums + at + kLanes), total);
+          if constexpr (std::is_same_v<Out, T>) {
+            Pairs<T>::store(to + at, even, odd);
+          } else {
+            Pairs<T>::join(even, odd);
+            store(to + at, even);
+            store(to + at + kLanes, odd);
+          }
         }
       }
       for_vectors(args_.head_dim - joined, [&](std::int64_t at, int count) __attribute__((always_inline)) {

@@ -80,6 +80,17 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
   even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
   odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// The inverse, rounded as by `narrow`.
+inline Vec merge_pairs(Vec even, Vec odd) {
+  const auto rounded = [](Vec x) __attribute__((always_inline)) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(sum, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), is_nan);
+  };
+  return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa));
+}
 // Even and odd columns back in order: the first eight, and the other eight.
 inline void join_pairs(Vec& even, Vec& odd) {
   const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);

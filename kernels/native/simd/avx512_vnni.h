@@ -75,6 +75,21 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
   even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// The inverse, rounded as by `narrow`: half the work of narrowing each by itself.
+inline Vec merge_pairs(Vec even, Vec odd) {
+  const auto rounded = [](Vec x) __attribute__((always_inline)) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  };
+  __m512i low = rounded(even), high = rounded(odd);
+  if (__builtin_expect(_mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q) != 0, false)) {
+    const __m512i quiet = _mm512_set1_epi32(0x400000);
+    low = _mm512_mask_or_epi32(low, _mm512_cmp_ps_mask(even, even, _CMP_UNORD_Q), _mm512_castps_si512(even), quiet);
+    high = _mm512_mask_or_epi32(high, _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q), _mm512_castps_si512(odd), quiet);
+  }
+  return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high));
+}
 // Even and odd columns back in order: the first sixteen, and the other sixteen.
 inline void join_pairs(Vec& even, Vec& odd) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
