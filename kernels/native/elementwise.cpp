@@ -1,4 +1,4 @@
-// Ops that treat rows, or elements, alone: rms_norm, residual_add, silu_mul, embedding.
+// Ops that treat rows, or elements, alone: rms_norm, residual_add, silu_mul, embedding, finite_rows.
 #include "dtypes.h"
 #include "kernels.h"
 #include "math.h"
@@ -82,6 +82,24 @@ bool embedding(const Embedding& args) {
     });
   });
   return true;
+}
+
+void finite_rows(const FiniteRows& args) {
+  parallel_ranges(team_size(args.threads, args.rows * args.columns), args.rows, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      // 0 * x is a zero, unless x is infinite or NaN.
+      Vec sums[4] = {zero(), zero(), zero(), zero()};
+      const float* x = args.x + row * args.columns;
+      std::int64_t at = 0;
+      for (; at + 4 * kLanes <= args.columns; at += 4 * kLanes) {
+        for (int i = 0; i < 4; ++i) sums[i] = fma(load(x + at + i * kLanes), zero(), sums[i]);
+      }
+      for_vectors(args.columns - at, [&](std::int64_t rest, int count) __attribute__((always_inline)) {
+        sums[0] = fma(load_part(x + at + rest, count), zero(), sums[0]);
+      });
+      args.finite[row] = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) == 0.0f;
+    }
+  });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

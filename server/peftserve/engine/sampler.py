@@ -12,6 +12,7 @@ import torch
 
 from peftserve.engine.plan import Sampled, SampleSpec
 from peftserve.types import TokenLogprobs
+from peftserve_kernels.finite_rows import finite_rows
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
 from peftserve_kernels.sample import sample
 
@@ -49,12 +50,12 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _make_finite(logits: torch.Tensor) -> list[bool]:
-    """Whether each row was free of NaN and infinity; rows that were not are made so, in place.
+    """Whether each row was free of NaN and infinity; where one was not, all are made so, in place.
 
     Legal but absurd adapter weights can overflow. Their own request will end with an error; the draw must stay defined
     and log-probabilities must stay numbers for the other requests of the step.
     """
-    finite: list[bool] = logits.amax(dim=-1).isfinite().tolist()
+    finite: list[bool] = finite_rows(logits).tolist()
     if not all(finite):
         limit = 1e30  # far beyond real logits, and far enough from float32's end for penalties and biases
         logits.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit).clamp_(-limit, limit)
