@@ -313,7 +313,10 @@ class Attention {
     }
     if (!any) return;
     alignas(64) float weights[kRows][kKeys];
-    score<kRows>(work.queries + row * stride_, work.keys, weights);
+    // Of the keys up to the last that any of the rows sees: before the diagonal there are few.
+    int end = 0;
+    for (int r = 0; r < kRows; ++r) end = seen[r].end > end ? seen[r].end : end;
+    score<kRows>(work.queries + row * stride_, work.keys, end, weights);
     for (int r = 0; r < kRows; ++r) {
       if (!seen[r].empty()) soften(weights[r], seen[r], row + r, work);
     }
@@ -330,29 +333,45 @@ class Attention {
     }
   }
 
-  // scores[r][j] = q[r] . k[j]
+  // scores[r][j] = q[r] . k[j] for j < end; zeros after, or scores too.
   template <int kRows>
-  void score(const float* q, const float* keys, float (&scores)[kRows][kKeys]) const {
-    constexpr int kPass = pass(kRows), kCount = kRows * kPass;
-    for (int group = 0; group < kKeys; group += kPass * kLanes) {
-      Vec dots[kRows][kPass];
-      unroll<kCount>([&](auto i) __attribute__((always_inline)) { dots[i.value / kPass][i.value % kPass] = zero(); });
-      for (std::int64_t column = 0; column < args_.head_dim; ++column) {
-        Vec x[kRows];
-        unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-          x[r.value] = broadcast(q[r.value * stride_ + column]);
-        });
-        unroll<kPass>([&](auto v) __attribute__((always_inline)) {
-          const Vec k = opaque(load(keys + column * kKeys + group + v.value * kLanes));
-          unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-            dots[r.value][v.value] = fma(k, x[r.value], dots[r.value][v.value]);
-          });
-        });
+  void score(const float* q, const float* keys, int end, float (&scores)[kRows][kKeys]) const {
+    constexpr int kPass = pass(kRows);
+    int group = 0;
+    if constexpr (kPass == kKeyVectors) {
+      // Half of the vectors take half as long; fewer would wait for one another's sums.
+      if (end <= kKeys / 2) {
+        score_keys<kRows, kPass / 2>(q, keys, 0, scores);
+        group = kKeys / 2;
       }
-      unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-        store(scores[i.value / kPass] + group + i.value % kPass * kLanes, dots[i.value / kPass][i.value % kPass]);
+    }
+    for (; group < end; group += kPass * kLanes) score_keys<kRows, kPass>(q, keys, group, scores);
+    for (; group < kKeys; group += kLanes) {
+      for (int r = 0; r < kRows; ++r) store(scores[r] + group, zero());
+    }
+  }
+
+  // Those of kPass vectors of keys from `group` on.
+  template <int kRows, int kPass>
+  void score_keys(const float* q, const float* keys, int group, float (&scores)[kRows][kKeys]) const {
+    constexpr int kCount = kRows * kPass;
+    Vec dots[kRows][kPass];
+    unroll<kCount>([&](auto i) __attribute__((always_inline)) { dots[i.value / kPass][i.value % kPass] = zero(); });
+    for (std::int64_t column = 0; column < args_.head_dim; ++column) {
+      Vec x[kRows];
+      unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+        x[r.value] = broadcast(q[r.value * stride_ + column]);
+      });
+      unroll<kPass>([&](auto v) __attribute__((always_inline)) {
+        const Vec k = opaque(load(keys + column * kKeys + group + v.value * kLanes));
+        unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+          dots[r.value][v.value] = fma(k, x[r.value], dots[r.value][v.value]);
+        });
       });
     }
+    unroll<kCount>([&](auto i) __attribute__((always_inline)) {
+      store(scores[i.value / kPass] + group + i.value % kPass * kLanes, dots[i.value / kPass][i.value % kPass]);
+    });
   }
 
   // Scores to weights e^(scale score - maximum), 0 where the row does not see; what it has so far is rescaled.
