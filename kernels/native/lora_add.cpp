@@ -25,6 +25,7 @@ struct Block {
 
 struct Part {
   std::int64_t block, first, end;  // rows of A, or columns of B
+  std::int64_t cost;
 };
 
 template <class T, class W>
@@ -113,12 +114,11 @@ class Update {
         step = ((rank + pieces - 1) / pieces + kRankPage - 1) / kRankPage * kRankPage;
       }
       for (std::int64_t first = 0; first < rank; first += step) {
-        parts[count++] = {index, first, rank - first < step ? rank : first + step};
+        const std::int64_t rows = rank - first < step ? rank - first : step;
+        parts[count++] = {index, first, first + rows, cost(blocks_[index], rows, args_.columns)};
       }
     }
-    shrinks_ = shared<kShrinks>(parts, count, [&](std::int64_t index) {
-      return cost(blocks_[parts[index].block], parts[index].end - parts[index].first, args_.columns);
-    });
+    shrinks_ = shared<kShrinks>(parts, count);
   }
 
   // In order of columns: a slice is cut at the same ones in all blocks.
@@ -131,22 +131,20 @@ class Update {
       const std::int64_t outputs = args_.slice[slice].outputs;
       const std::int64_t step = ((outputs + pieces - 1) / pieces + kPanel - 1) / kPanel * kPanel;
       for (std::int64_t first = 0; first < outputs; first += step) {
+        const std::int64_t columns = outputs - first < step ? outputs - first : step;
         for (std::int64_t index = 0; index < count_; ++index) {
           if (blocks_[index].slice != slice) continue;
-          parts[count++] = {index, first, outputs - first < step ? outputs : first + step};
+          parts[count++] = {index, first, first + columns, cost(blocks_[index], blocks_[index].rank, columns)};
         }
       }
     }
-    expands_ = shared<kExpands>(parts, count, [&](std::int64_t index) {
-      const Block& block = blocks_[parts[index].block];
-      return cost(block, block.rank, parts[index].end - parts[index].first);
-    });
+    expands_ = shared<kExpands>(parts, count);
   }
 
-  template <int kUse, class Cost>
-  Share shared(Part* parts, std::int64_t count, const Cost& cost_of) const {
+  template <int kUse>
+  Share shared(Part* parts, std::int64_t count) const {
     auto* bounds = scratch<std::int64_t, kUse>(static_cast<std::size_t>(team_) + 1);
-    share(team_, count, cost_of, bounds);
+    share(team_, count, [parts](std::int64_t index) { return parts[index].cost; }, bounds);
     return {parts, bounds};
   }
 
