@@ -53,6 +53,11 @@ inline void share(int threads, std::int64_t count, const Cost& cost, std::int64_
   while (thread < threads) bounds[++thread] = count;
 }
 
+// A thread's next index, in a cache line of its own: each takes from its own nearly always.
+struct alignas(64) NextIndex {
+  std::atomic<std::int64_t> value;
+};
+
 // body(index) for each of bounds[0] .. bounds[threads], split as `share` has it; who is done helps the others.
 template <class Body>
 inline void parallel_shares(int threads, const std::int64_t* bounds, const Body& body) {
@@ -61,12 +66,16 @@ inline void parallel_shares(int threads, const std::int64_t* bounds, const Body&
     for (std::int64_t index = 0; index < count; ++index) body(index);
     return;
   }
-  auto* next = scratch<std::atomic<std::int64_t>>(static_cast<std::size_t>(threads));
-  for (int thread = 0; thread < threads; ++thread) next[thread].store(bounds[thread], std::memory_order_relaxed);
+  auto* next = scratch<NextIndex>(static_cast<std::size_t>(threads));
+  for (int thread = 0; thread < threads; ++thread) next[thread].value.store(bounds[thread], std::memory_order_relaxed);
   Pool::shared().run(threads, [&](int own, int) {
     for (int turn = 0; turn < threads; ++turn) {
       const int of = own + turn < threads ? own + turn : own + turn - threads;
-      for (std::int64_t index; (index = next[of].fetch_add(1, std::memory_order_relaxed)) < bounds[of + 1];) body(index);
+      for (;;) {
+        const std::int64_t index = next[of].value.fetch_add(1, std::memory_order_relaxed);
+        if (index >= bounds[of + 1]) break;
+        body(index);
+      }
     }
   });
 }

@@ -103,7 +103,9 @@ void Pool::start(int threads, Call call, const void* context) {
 }
 
 void Pool::note_core(int index) {
-  if (index < kMostCores) cores_[index].store(core(), std::memory_order_relaxed);
+  if (index >= kMostCores) return;
+  const int now = core();  // mostly the same: not written, the line stays everybody's
+  if (cores_[index].load(std::memory_order_relaxed) != now) cores_[index].store(now, std::memory_order_relaxed);
 }
 
 bool Pool::has_core(int index) const {

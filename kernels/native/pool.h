@@ -45,13 +45,13 @@ class Pool {
 
   std::mutex in_use_;
   std::vector<std::thread> workers_;
-  // Written before `epoch_` is raised, read after.
+  static constexpr int kMostCores = 256;
+  std::atomic<int> cores_[kMostCores] = {};  // where each thread of the team began its last job
+  alignas(64) std::atomic<std::uint32_t> epoch_{0};  // raised for every job
+  // Written before that, read after: in the cache line that workers look at anyway.
   Call call_ = nullptr;
   const void* context_ = nullptr;
   std::atomic<int> team_{0};
-  static constexpr int kMostCores = 256;
-  std::atomic<int> cores_[kMostCores] = {};  // where each thread of the team began its last job
-  alignas(64) std::atomic<std::uint32_t> epoch_{0};    // raised for every job
   alignas(64) std::atomic<std::uint32_t> unfinished_{0};  // workers that have not answered the job yet
 };
 
