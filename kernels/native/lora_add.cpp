@@ -61,8 +61,8 @@ class Update {
  private:
   static constexpr bool kSplit = Pairs<T>::kSplit && std::is_same_v<T, W>;
 
-  // Which memory holds what a plan consists of.
-  enum { kInner, kBlocks, kShrinks, kExpands };
+  // Which scratch memory holds the products with A, and the parts of each kind with their bounds.
+  static constexpr int kInner = 2, kShrinks = 0, kExpands = 1;
 
   struct Share {
     Part* parts;
@@ -71,7 +71,7 @@ class Update {
 
   void plan() {
     const std::int64_t most = (args_.segments + args_.tokens / kTokenBlock) * args_.slices;
-    blocks_ = scratch<Block, kBlocks>(static_cast<std::size_t>(most));
+    blocks_ = scratch<Block>(static_cast<std::size_t>(most));
     std::int64_t inner = 0, shrinking = 0, expanding = 0;
     for (std::int64_t s = 0; s < args_.segments; ++s) {
       const std::int64_t first = args_.start[s], end = args_.start[s + 1];
@@ -89,7 +89,7 @@ class Update {
         }
       }
     }
-    inner_ = scratch<float, 2 + kInner>(static_cast<std::size_t>(inner));
+    inner_ = scratch<float, kInner>(static_cast<std::size_t>(inner));
     team_ = team_size(args_.threads, shrinking + expanding);
     plan_shrinks(shrinking);
     plan_expands();

@@ -22,13 +22,15 @@ inline Vec widen(__m128i bits, Bf16) { return _mm256_castsi256_ps(_mm256_slli_ep
 inline Vec widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
 
 // Round to nearest, ties to even; NaN stays NaN.
-inline __m128i narrow(Vec x, Bf16) {
+inline __m256i rounded(Vec x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  const __m256i wide = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  return _mm256_blendv_epi8(sum, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), is_nan);
+}
+inline __m128i narrow(Vec x, Bf16) {
+  const __m256i wide = _mm256_srli_epi32(rounded(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
 inline __m128i narrow(Vec x, Half) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
@@ -82,13 +84,6 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
 }
 // The inverse, rounded as by `narrow`.
 inline Vec merge_pairs(Vec even, Vec odd) {
-  const auto rounded = [](Vec x) __attribute__((always_inline)) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(sum, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), is_nan);
-  };
   return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa));
 }
 // Even and odd columns back in order: the first eight, and the other eight.

@@ -39,14 +39,16 @@ inline Vec load_first(const Half* p, int count) {
 }
 
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
-// Round to nearest, ties to even; NaN stays NaN.
-inline __m256i narrow(Vec x) {
-  const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40)));
+// bfloat16 in the high half of each lane: rounded to nearest, ties to even. Not for NaN, which `quieted` keeps.
+inline __m512i rounded(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
+inline __m512i quieted(__m512i rounded, Vec x) {
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, is_nan, _mm512_castps_si512(x), _mm512_set1_epi32(0x400000));
+}
+inline __m256i narrow(Vec x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quieted(rounded(x), x), 16)); }
 inline void store(Bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
 inline void store(Half* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -77,16 +79,10 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
 }
 // The inverse, rounded as by `narrow`: half the work of narrowing each by itself.
 inline Vec merge_pairs(Vec even, Vec odd) {
-  const auto rounded = [](Vec x) __attribute__((always_inline)) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-  };
   __m512i low = rounded(even), high = rounded(odd);
   if (__builtin_expect(_mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q) != 0, false)) {
-    const __m512i quiet = _mm512_set1_epi32(0x400000);
-    low = _mm512_mask_or_epi32(low, _mm512_cmp_ps_mask(even, even, _CMP_UNORD_Q), _mm512_castps_si512(even), quiet);
-    high = _mm512_mask_or_epi32(high, _mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q), _mm512_castps_si512(odd), quiet);
+    low = quieted(low, even);
+    high = quieted(high, odd);
   }
   return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high));
 }

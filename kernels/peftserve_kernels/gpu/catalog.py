@@ -281,8 +281,8 @@ class _Batch(NamedTuple):
         rows, vocab = self.rows, self.model.vocab
         logits = self.empty(rows, vocab, dtype=torch.float32)
         row = self.empty(rows, dtype=torch.float32)
-        run = partial(sample, logits, row, row.int(), row, row, row.double())
         yield Call("finite_rows", partial(finite_rows, logits), Work(logits.nbytes, 2 * rows * vocab))
+        run = partial(sample, logits, row, row.int(), row, row, row.double())
         # weights are made of every logit twice: for the tallies and for the search
         yield Call("sample", run, Work(logits.nbytes, 2 * 4 * rows * vocab))
         tokens = min(_SEEN_TOKENS, vocab)
