@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "pool.h"
+#include "prefetch.h"
 #include "upcoming.h"
 
 namespace peftserve::PEFTSERVE_ISA {
@@ -25,7 +26,7 @@ class Fetcher {
   [[gnu::always_inline]] void turn() {
     for (std::int64_t line = 0; line < lines_; ++line) {
       if (at_ >= end_ && !next_row()) return;
-      __builtin_prefetch(at_, 0, 2);  // to the second level: the first is the product's
+      __builtin_prefetch(at_, 0, kSecondLevel);
       at_ += kLine;
     }
   }

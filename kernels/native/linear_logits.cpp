@@ -3,6 +3,7 @@
 #include "dtypes.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "sums.h"
 #include "unroll.h"
@@ -14,11 +15,13 @@ namespace {
 // Lanes are columns of x and of the weights: nothing is transposed and nothing broadcast. An output is one chain of
 // products a lane, columns ascending, and then the lanes' sum.
 
-// How a step reads one row of weights: kVectors vectors, which pair up with as many of x in the order that `pack` gives.
-template <class W>
+// How a step reads one row of weights: kVectors vectors, which pair up with as many of x in the order that `pack` gives,
+// and how those are multiplied. The packed row has as many words as the vectors have lanes.
+template <class X, class W>
 struct Step {
   static constexpr int kVectors = Pairs<W>::kSplit ? 2 : 1;
   static constexpr int kColumns = kVectors * kLanes;
+  static constexpr bool kInPlace = false;  // whether weights of many rows are better read where they lie
   static void read(const W* p, Vec (&weights)[kVectors]) {
     if constexpr (Pairs<W>::kSplit) {
       Pairs<W>::split(Pairs<W>::load(p), weights[0], weights[1]);
@@ -26,10 +29,25 @@ struct Step {
       weights[0] = load(p);
     }
   }
-  static void pack(const float (&x)[kColumns], float* packed) {
-    for (int i = 0; i < kColumns; ++i) packed[i % kVectors * kLanes + i / kVectors] = x[i];
+  static void pack(const X (&x)[kColumns], float* packed) {
+    float values[kColumns];
+    widen_row(x, kColumns, values);
+    for (int i = 0; i < kColumns; ++i) packed[i % kVectors * kLanes + i / kVectors] = values[i];
   }
+  static Vec multiply(Vec weights, Vec x, Vec sum) { return fma(weights, x, sum); }
 };
+
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
+// As they are, two in a word: half the vectors, and nothing to widen.
+template <>
+struct Step<Bf16, Bf16> {
+  static constexpr int kVectors = 1, kColumns = 2 * kLanes;
+  static constexpr bool kInPlace = true;
+  static void read(const Bf16* p, Vec (&weights)[1]) { weights[0] = load(reinterpret_cast<const float*>(p)); }
+  static void pack(const Bf16 (&x)[kColumns], float* packed) { std::memcpy(packed, x, sizeof x); }
+  static Vec multiply(Vec weights, Vec x, Vec sum) { return dot_pairs(sum, weights, x); }
+};
+#endif
 
 template <class X, class W>
 class RowProduct {
@@ -40,7 +58,7 @@ class RowProduct {
         weights_(static_cast<const W*>(args.weight)),
         steps_((args.columns + kColumns - 1) / kColumns),
         whole_(args.columns / kColumns),
-        width_(steps_ * kColumns) {}
+        width_(steps_ * kWords) {}
 
   void run() const {
     if (args_.rows == 0) return;
@@ -61,9 +79,11 @@ class RowProduct {
   }
 
  private:
-  static constexpr int kColumns = Step<W>::kColumns, kVectors = Step<W>::kVectors;
+  using Way = Step<X, W>;
+  static constexpr int kColumns = Way::kColumns, kVectors = Way::kVectors, kWords = kVectors * kLanes;
   static constexpr std::int64_t kFewRows = 2;  // of x, which meet the weights as they come from memory
   static constexpr std::int64_t kPanel = 8;    // rows of weights that are widened for all rows of x
+  static constexpr std::int64_t kLine = 64 / sizeof(W);
   // Of x and of weights: as many sums as the registers hold.
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
   static constexpr int kTileRows = 4, kTileOutputs = 4;
@@ -72,11 +92,11 @@ class RowProduct {
 #endif
 
   void pack_row(const X* x, float* packed) const {
-    for (std::int64_t column = 0; column < width_; column += kColumns) {
-      float values[kColumns] = {};
-      const std::int64_t left = args_.columns - column;
-      widen_row(x + column, left < kColumns ? left : kColumns, values);
-      Step<W>::pack(values, packed + column);
+    for (std::int64_t step = 0; step < steps_; ++step) {
+      X values[kColumns] = {};
+      const std::int64_t left = args_.columns - step * kColumns;
+      std::memcpy(values, x + step * kColumns, static_cast<std::size_t>(left < kColumns ? left : kColumns) * sizeof(X));
+      Way::pack(values, packed + step * kWords);
     }
   }
 
@@ -104,28 +124,29 @@ class RowProduct {
     unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
       sums[i.value / kOutputs][i.value % kOutputs] = zero();
     });
-    const auto step = [&](std::int64_t column, const auto& row_of) __attribute__((always_inline)) {
+    const auto multiply = [&](std::int64_t step, const auto& row_of) __attribute__((always_inline)) {
       Vec inputs[kRows][kVectors];
       unroll<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
         constexpr int kRow = decltype(i)::value / kVectors, kVector = decltype(i)::value % kVectors;
-        inputs[kRow][kVector] = load(x + kRow * width_ + column + kVector * kLanes);
+        inputs[kRow][kVector] = load(x + kRow * width_ + step * kWords + kVector * kLanes);
       });
       unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
         Vec read[kVectors];
-        Step<W>::read(row_of(o), read);
+        Way::read(row_of(o), read);
         unroll<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
           constexpr int kRow = decltype(i)::value / kVectors, kVector = decltype(i)::value % kVectors;
-          sums[kRow][o.value] = fma(read[kVector], inputs[kRow][kVector], sums[kRow][o.value]);
+          sums[kRow][o.value] = Way::multiply(read[kVector], inputs[kRow][kVector], sums[kRow][o.value]);
         });
       });
     };
-    for (std::int64_t column = 0; column < whole_ * kColumns; column += kColumns) {
+    for (std::int64_t step = 0; step < whole_; ++step) {
+      const W* const here = weights + step * kColumns;
       if (fetches) {
         unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
-          __builtin_prefetch(weights + (kOutputs + o.value) * args_.columns + column);
+          __builtin_prefetch(here + (kOutputs + o.value) * args_.columns, 0, kSecondLevel);
         });
       }
-      step(column, [&](auto o) __attribute__((always_inline)) { return weights + o.value * args_.columns + column; });
+      multiply(step, [&](auto o) __attribute__((always_inline)) { return here + o.value * args_.columns; });
     }
     if (whole_ < steps_) {
       const std::int64_t column = whole_ * kColumns;
@@ -134,87 +155,97 @@ class RowProduct {
         std::memcpy(last[o], weights + o * args_.columns + column,
                     static_cast<std::size_t>(args_.columns - column) * sizeof(W));
       }
-      step(column, [&](auto o) __attribute__((always_inline)) { return last[o.value]; });
+      multiply(whole_, [&](auto o) __attribute__((always_inline)) { return last[o.value]; });
     }
     store_sums(sums, args_.y + output, args_.outputs);
   }
 
   // A panel of weights in the order of packed x, and then all rows of x on it: the same chains of products.
-  void many_rows(const float* x, std::int64_t first, float* wide) const {
-    const std::int64_t count = args_.outputs - first < kPanel ? args_.outputs - first : kPanel;
-    for (std::int64_t output = 0; output < count; ++output) {
-      widen_weights(weights_ + (first + output) * args_.columns, wide + output * width_);
+  void many_rows(const float* x, std::int64_t first, float* scratch) const {
+    Panel panel{scratch, width_, first, args_.outputs - first < kPanel ? args_.outputs - first : kPanel};
+    const W* weights = weights_ + first * args_.columns;
+    if (Way::kInPlace && whole_ == steps_) {
+      panel.weights = reinterpret_cast<const float*>(weights);
+    } else {
+      for (std::int64_t output = 0; output < panel.count; ++output) {
+        unpack_row(weights + output * args_.columns, scratch + output * width_);
+      }
     }
     std::int64_t row = 0;
-    for (; row + kTileRows <= args_.rows; row += kTileRows) wide_tiles<kTileRows>(x, row, wide, first, count);
+    for (; row + kTileRows <= args_.rows; row += kTileRows) panel_tiles<kTileRows>(x, row, panel);
     if (row + 2 <= args_.rows) {
-      wide_tiles<2>(x, row, wide, first, count);
+      panel_tiles<2>(x, row, panel);
       row += 2;
     }
-    if (row < args_.rows) wide_tiles<1>(x, row, wide, first, count);
+    if (row < args_.rows) panel_tiles<1>(x, row, panel);
   }
 
-  void widen_weights(const W* weights, float* wide) const {
-    const auto step = [&](std::int64_t column, const W* from) __attribute__((always_inline)) {
+  // Weights of outputs first .. first + count, `width` words each.
+  struct Panel {
+    const float* weights;
+    std::int64_t width, first, count;
+  };
+
+  // A row of weights as the steps read it.
+  void unpack_row(const W* weights, float* words) const {
+    const auto unpack = [&](const W* from) __attribute__((always_inline)) {
       Vec read[kVectors];
-      Step<W>::read(from, read);
-      for (int v = 0; v < kVectors; ++v) store(wide + column + v * kLanes, read[v]);
+      Way::read(from, read);
+      for (int v = 0; v < kVectors; ++v, words += kLanes) store(words, read[v]);
     };
-    std::int64_t column = 0;
-    for (; column < whole_ * kColumns; column += kColumns) step(column, weights + column);
+    for (std::int64_t step = 0; step < whole_; ++step) unpack(weights + step * kColumns);
     if (whole_ < steps_) {
       W last[kColumns] = {};
+      const std::int64_t column = whole_ * kColumns;
       std::memcpy(last, weights + column, static_cast<std::size_t>(args_.columns - column) * sizeof(W));
-      step(column, last);
+      unpack(last);
     }
   }
 
   template <int kRows>
-  void wide_tiles(const float* x, std::int64_t row, const float* wide, std::int64_t first, std::int64_t count) const {
+  void panel_tiles(const float* x, std::int64_t row, const Panel& panel) const {
     // While these rows pass, their share of the next panel is fetched, bit by bit.
     const std::int64_t share = kPanel * args_.columns * kRows / args_.rows;
-    const bool fetches = width_ > 0 && first + 2 * kPanel <= args_.outputs;
-    const W* ahead = weights_ + (fetches ? (first + kPanel) * args_.columns + share * row / kRows : 0);
+    const bool fetches = width_ > 0 && panel.first + 2 * kPanel <= args_.outputs;
+    const W* ahead = weights_ + (fetches ? (panel.first + kPanel) * args_.columns + share * row / kRows : 0);
     const std::int64_t step = fetches ? share * kTileOutputs / kPanel / (width_ / kLanes) : 0;
     std::int64_t output = 0;
-    for (; output + kTileOutputs <= count; output += kTileOutputs) {
-      wide_tile<kRows, kTileOutputs>(x + row * width_, wide + output * width_, row, first + output, ahead, step);
+    for (; output + kTileOutputs <= panel.count; output += kTileOutputs) {
+      panel_tile<kRows, kTileOutputs>(x, row, panel, output, ahead, step);
       ahead += step * (width_ / kLanes);
     }
-    for (; output < count; ++output) {
-      wide_tile<kRows, 1>(x + row * width_, wide + output * width_, row, first + output, ahead, 0);
-    }
+    for (; output < panel.count; ++output) panel_tile<kRows, 1>(x, row, panel, output, ahead, 0);
   }
 
   template <int kRows, int kOutputs>
-  void wide_tile(const float* x, const float* wide, std::int64_t row, std::int64_t output, const W* ahead,
-                 std::int64_t step) const {
+  void panel_tile(const float* x, std::int64_t row, const Panel& panel, std::int64_t output, const W* ahead,
+                  std::int64_t step) const {
+    x += row * width_;
+    const float* weights = panel.weights + output * panel.width;
     Vec sums[kRows][kOutputs];
     unroll<kRows * kOutputs>([&](auto i) __attribute__((always_inline)) {
       sums[i.value / kOutputs][i.value % kOutputs] = zero();
     });
-    for (std::int64_t column = 0; column < width_; column += kLanes) {
-      __builtin_prefetch(ahead);
+    for (std::int64_t word = 0; word < width_; word += kLanes) {
+      for (std::int64_t at = 0; at < step; at += kLine) __builtin_prefetch(ahead + at, 0, kSecondLevel);
       ahead += step;
       Vec inputs[kRows];
-      unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-        inputs[r.value] = load(x + r.value * width_ + column);
-      });
+      unroll<kRows>([&](auto r) __attribute__((always_inline)) { inputs[r.value] = load(x + r.value * width_ + word); });
       unroll<kOutputs>([&](auto o) __attribute__((always_inline)) {
-        const Vec weights = opaque(load(wide + o.value * width_ + column));
+        const Vec read = opaque(load(weights + o.value * panel.width + word));
         unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-          sums[r.value][o.value] = fma(weights, inputs[r.value], sums[r.value][o.value]);
+          sums[r.value][o.value] = Way::multiply(read, inputs[r.value], sums[r.value][o.value]);
         });
       });
     }
-    store_sums(sums, args_.y + row * args_.outputs + output, args_.outputs);
+    store_sums(sums, args_.y + row * args_.outputs + panel.first + output, args_.outputs);
   }
 
   const LinearLogits& args_;
   const X* x_;
   const W* weights_;
   std::int64_t steps_, whole_;  // all steps of a row, and those without columns past its end
-  std::int64_t width_;          // of a packed row of x
+  std::int64_t width_;          // words of a packed row of x
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "dtypes.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "sums.h"
 #include "unroll.h"
@@ -48,7 +49,7 @@ struct Ahead {
   int step = 0;  // bytes
 
   [[gnu::always_inline]] void fetch() {
-    for (int at = 0; at < step; at += 64) __builtin_prefetch(from + at);
+    for (int at = 0; at < step; at += 64) __builtin_prefetch(from + at, 0, kSecondLevel);
     from += step;
   }
 };
@@ -131,7 +132,7 @@ constexpr int kPanel = kPanelVectors * kLanes;  // columns of the product that a
 template <class W>
 [[gnu::always_inline]] inline void prefetch_next_panel(const W* row) {
   constexpr int kLine = 64 / sizeof(W);
-  for (int at = 0; at < kPanel; at += kLine) __builtin_prefetch(row + kPanel + at);
+  for (int at = 0; at < kPanel; at += kLine) __builtin_prefetch(row + kPanel + at, 0, kSecondLevel);
 }
 
 // `count` columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last one. The next panel's are
@@ -187,7 +188,7 @@ inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Colu
     constexpr int kVectors = decltype(n)::value;
     if (next != nullptr) {
       unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
-        __builtin_prefetch(next + columns.first + r.value * b.width + column);
+        __builtin_prefetch(next + columns.first + r.value * b.width + column, 0, kSecondLevel);
       });
     }
     Vec totals[kTokens][kVectors];

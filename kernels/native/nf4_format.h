@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "prefetch.h"
+
 namespace peftserve::PEFTSERVE_ISA {
 
 // bitsandbytes' levels (functional.get_4bit_type).
@@ -60,8 +62,9 @@ struct PackedBlocks {
   }
 
   // Fetches what comes `distance` blocks after this one where kGroups groups are read side by side, and then the next as
-  // many. Inlined, since GCC takes a function that only prefetches for one without effect.
-  template <int kGroups>
+  // many; kLocality as of __builtin_prefetch. Inlined, since GCC takes a function that only prefetches for one without
+  // effect.
+  template <int kGroups, int kLocality = kFirstLevel>
   [[gnu::always_inline]] void fetch_ahead(std::int64_t group, std::int64_t block, std::int64_t distance) const {
     block += distance;
     if (block >= blocks) {
@@ -70,8 +73,10 @@ struct PackedBlocks {
     }
     if (block >= blocks || group + kGroups > groups) return;
     for (int g = 0; g < kGroups; ++g) {
-      for (int cell = 0; cell < kBlock / kCell; ++cell) __builtin_prefetch(words(group + g, block) + cell * kGroup);
-      __builtin_prefetch(scales(group + g, block));
+      for (int cell = 0; cell < kBlock / kCell; ++cell) {
+        __builtin_prefetch(words(group + g, block) + cell * kGroup, 0, kLocality);
+      }
+      __builtin_prefetch(scales(group + g, block), 0, kLocality);
     }
   }
 };

@@ -172,7 +172,8 @@ class Product {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     alignas(64) float totals[kRows * kStride] = {};
     for (std::int64_t block = 0; block < blocks_; ++block) {
-      packed_.fetch_ahead<kGroups>(group, block, kGroups > 1 ? kAhead : blocks_);  // one alone the hardware follows
+      // One group alone the hardware follows. Up to four rows wait for memory more than they compute.
+      packed_.fetch_ahead<kGroups, kRows <= 4 ? kSecondLevel : kFirstLevel>(group, block, kGroups > 1 ? kAhead : blocks_);
       fetcher.turn();
       multiply_block<Dot, kRows, kGroups>(source(group, block), units + block * kRows * Dot::kUnits, totals, kStride);
     }

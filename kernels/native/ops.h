@@ -180,6 +180,10 @@ namespace amx_bf16 {
 void nf4_linear(const Nf4Linear& args);
 void linear_logits(const LinearLogits& args);
 }  // namespace amx_bf16
+// With products of bfloat16 (AVX512_BF16); the rest likewise.
+namespace avx512_bf16 {
+void linear_logits(const LinearLogits& args);
+}
 namespace avx512_vnni {
 extern const Ops kOps;
 }

@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "math.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "unroll.h"
 #include "widen.h"
@@ -280,8 +281,8 @@ class Attention {
     const int first = group > block.range.first ? group : block.range.first;
     const int end = group + kLanes < block.range.end ? group + kLanes : block.range.end;
     for (int j = first; j < end; ++j) {
-      __builtin_prefetch(k_ + block.at[j] + column);
-      __builtin_prefetch(v_ + block.at[j] + column);
+      __builtin_prefetch(k_ + block.at[j] + column, 0, kSecondLevel);
+      __builtin_prefetch(v_ + block.at[j] + column, 0, kSecondLevel);
     }
   }
 

@@ -7,6 +7,9 @@
 #if defined(PEFTSERVE_SIMD_AMX_BF16)
 #define PEFTSERVE_SIMD_AVX512_VNNI
 #include "simd/amx_bf16.h"
+#elif defined(PEFTSERVE_SIMD_AVX512_BF16)
+#define PEFTSERVE_SIMD_AVX512_VNNI
+#include "simd/avx512_bf16.h"
 #elif defined(PEFTSERVE_SIMD_AVX512_VNNI)
 #include "simd/avx512_vnni.h"
 #elif defined(PEFTSERVE_SIMD_AVX2)

@@ -1,8 +1,8 @@
 """The compiled extension: loading it, and choosing its instruction set.
 
-`PEFTSERVE_CPU_ISA` forces one of amx_bf16, avx512_vnni, avx2 and portable; else the best that the processor has is
-used. Where the package was installed without a C++ compiler there is no extension: one warning, and the torch
-references run.
+`PEFTSERVE_CPU_ISA` forces one of amx_bf16, avx512_bf16, avx512_vnni, avx2 and portable; else the best that the
+processor has is used. Where the package was installed without a C++ compiler there is no extension: one warning, and
+the torch references run.
 """
 
 import logging

@@ -1,0 +1,15 @@
+// AVX-512 with VNNI, and besides products of bfloat16.
+#pragma once
+
+#include "avx512_vnni.h"
+
+namespace peftserve::PEFTSERVE_ISA {
+
+// sums + the two products of each lane's pair of bfloat16, in float32. (Intel 64 and IA-32 Software Developer's Manual,
+// VDPBF16PS: rounded after each of the two products; what is below the normal range, operand or result, becomes zero.)
+inline Vec dot_pairs(Vec sums, Vec a, Vec b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+  return sums;
+}
+
+}  // namespace peftserve::PEFTSERVE_ISA
