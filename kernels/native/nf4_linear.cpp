@@ -123,6 +123,7 @@ class Product {
       parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) { few_rows<1>(begin, end); });
       return;
     }
+    if (args_.rows >= team * kOwnRows) return own_rows(team);
     for (std::int64_t first = 0; first < args_.rows; first += kChunkRows) {
       const std::int64_t rows = args_.rows - first < kChunkRows ? args_.rows - first : kChunkRows;
       auto* units = scratch<std::uint32_t>(unit_count(rows));
@@ -142,6 +143,20 @@ class Product {
     for (std::int64_t row = begin; row < end; ++row) {
       pack_row(Dot{}, x_ + (first + row) * args_.columns, args_.columns, rows * Dot::kUnits, units + row * Dot::kUnits);
     }
+  }
+
+  // With rows enough to be worth decoding all weights for, each thread computes all outputs of rows of its own. It then reads
+  // no x that another core packed, and writes mostly the rows that it reads next (measured: 164 rows 14 % faster, 512 3 %).
+  static constexpr std::int64_t kOwnRows = kChunkRows / 2;
+  void own_rows(int team) const {
+    parallel_ranges(team, args_.rows, [&](std::int64_t first, std::int64_t end) {
+      for (; first < end; first += kChunkRows) {
+        const std::int64_t rows = end - first < kChunkRows ? end - first : kChunkRows;
+        auto* units = scratch<std::uint32_t>(unit_count(rows));
+        pack(first, rows, 0, rows, units);
+        chunk(units, first, rows, 0, groups_);
+      }
+    });
   }
 
   PackedSource<Dot> source(std::int64_t group, std::int64_t block) const {
