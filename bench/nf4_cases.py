@@ -12,7 +12,7 @@ from torch import Tensor
 from machine import dense_dtype, last_level_cache_bytes
 from measure import Call, rotating
 from peftserve_kernels import NF4_BLOCK, Nf4Weight, nf4_linear, prepare_nf4
-from peftserve_kernels.nf4_linear import nf4_linear_reference
+from peftserve_kernels.nf4_linear import nf4_linear_reference, why_no_int8_inputs
 
 # bitsandbytes warns at import that a kernel of another package is absent; its own is what a plain install runs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -29,7 +29,7 @@ _TOLERANCE = 0.02  # relative, in norm; bitsandbytes' kernel rounds the absmax t
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One op at one size. `variants` holds `ours`, `reference` and the op's rivals.
+    """One op at one size. `variants` holds `ours`, `reference`, the op's rivals, and `int8` where inputs may be that.
 
     `nbytes` is the least an implementation must read and write in memory, `flops` what it must compute.
     """
@@ -85,6 +85,8 @@ class Layer:
             "bnb_unpacked": rotating(self.unpacked4bit, lambda layer: layer(rival_x)),
             "dense": rotating(self.dense_t, lambda weight: torch.mm(rival_x, weight)),
         }
+        if why_no_int8_inputs(x.device, x.dtype) is None:
+            variants["int8"] = rotating(self.nf4, lambda weight: nf4_linear(x, weight, int8_inputs=True))
         self._check(x, variants)
         return Case(
             op="nf4_linear",

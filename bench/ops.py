@@ -127,6 +127,7 @@ def _show_linear(results: list[dict[str, Any]]) -> None:
     rows = [
         [
             *(entry["shape"], str(entry["tokens"]), f"{entry['us']['ours']:,.0f}"),
+            f"{entry['us']['int8']:,.0f}" if "int8" in entry["us"] else "",
             *(f"{entry['us'][name]:,.0f}" for name in RIVALS),
             *(f"{entry['speedup_over'][name]:.2f}" for name in RIVALS),
             *(f"{entry['of_read_bandwidth']:.0%}", f"{entry['of_gemm_flops']:.0%}"),
@@ -134,7 +135,14 @@ def _show_linear(results: list[dict[str, Any]]) -> None:
         for entry in results
     ]
     rivals = [name.replace("_", " ") for name in RIVALS]
-    columns = ["shape", "M", "ours µs", *(f"{name} µs" for name in rivals), *(f"× {name}" for name in rivals)]
+    columns = [
+        "shape",
+        "M",
+        "ours µs",
+        "with int8 inputs",
+        *(f"{name} µs" for name in rivals),
+        *(f"× {name}" for name in rivals),
+    ]
     report.show_table("nf4_linear (weights not in the cache)", [*columns, "of read", "of FLOP/s"], rows)
 
 

@@ -1,6 +1,6 @@
 """End to end: a real server under load, against PEFT's `generate` on the same prompts in the same run.
 
-Usage: python bench/serving.py [--quick] [--out FOLDER] [--rounds N] [--model MODEL]
+Usage: python bench/serving.py [--quick] [--out FOLDER] [--rounds N] [--model MODEL] [--int8-activations]
 
 The load is `peftserve loadtest`'s: a fixed number of streams over HTTP, random prompts, all answers of full length. The
 client shares the machine's cores with the server. PEFT gets the prompts of each load in batches of as many as there
@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -121,6 +121,7 @@ def main(
     threads: options.Threads = 0,
     model: options.Model = options.DEFAULT_MODEL,
     data_dir: options.DataDir = options.DEFAULT_DATA_DIR,
+    int8_activations: Annotated[bool, typer.Option("--int8-activations", help="The server's setting")] = False,
 ) -> None:
     """Serve 1, 8, 32 and 64 streams of the base, of the base with LoRAs, and of the whole mix."""
     checkpoint = options.prepared(model, data_dir)
@@ -135,7 +136,7 @@ def main(
         }
         peft = PeftBaseline(checkpoint, {name: adapters[name] for name in LORAS})
         flags = [f"--model={checkpoint}", f"--data-dir={folder}/data", "--port=0", "--grpc-port=0"]
-        flags.append(f"--threads={threads}")
+        flags += [f"--threads={threads}", "--int8-activations" if int8_activations else "--no-int8-activations"]
         with running_server(flags, Path(folder) / "server.log") as server:
             with Client(server.url) as client:
                 for name, path in adapters.items():
@@ -153,6 +154,7 @@ def main(
             "prompt_words": load.prompt_words,
             "max_tokens": load.max_tokens,
             "waves": load.waves,
+            "int8_activations": int8_activations,
         },
         results={"loads": [entry.summary() for entry in measured], "ratios": ratios, "memory_bytes": memory},
     )

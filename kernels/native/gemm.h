@@ -52,7 +52,7 @@ struct FloatDot {
     std::memcpy(&value, unit, sizeof value);
     return peftserve::PEFTSERVE_ISA::broadcast(value);
   }
-  static Sum none() { return zero(); }
+  static Sum start(const std::uint32_t*) { return zero(); }  // what sums with a row's block of x begin with
   static Vec dot(Vec sum, Vec weights, Vec x) { return fma(weights, x, sum); }
   // The sums of vector `v` of a row as floats, given the row's block of x.
   static Vec value(const Sum* sums, int v, const std::uint32_t*) { return sums[v]; }
@@ -89,7 +89,7 @@ struct ShortDot : ShortBlock {
   using Levels = ShortTable;
   using Tiled = ShortDot;
   static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
-  static Sum none() { return _mm512_setzero_si512(); }
+  static Sum start(const std::uint32_t*) { return _mm512_setzero_si512(); }
   static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_shorts(sum, weights, x); }
   static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
     return mul(_mm512_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
@@ -99,6 +99,37 @@ struct ShortDot : ShortBlock {
   template <int kStep>
   static __m512i decode(const Levels& levels, Words words) {
     return look_up_shorts<kStep>(levels, words);
+  }
+};
+
+// ByteDot: x as signed and the weights as unsigned 8-bit integers, twice the products of ShortDot. An option, since it is
+// less exact: each block of 64 columns of x is scaled so that its largest value becomes kLargest, and half a step is 2^-8
+// of that. The levels become kZero + kLevelScale level, rounded (that scale, below 127, hits the sixteen best). What kZero
+// adds to a sum, the sum begins with, taken off.
+struct ByteDot {
+  static constexpr int kBlockUnits = kBlock / 4;
+  static constexpr int kUnits = kBlockUnits + 2;  // the last words are the scale of the block, a float, and that start
+  static constexpr float kLargest = 127.0f, kLevelScale = 112.0f;
+  static constexpr int kZero = 128;
+  static constexpr int kStepUnits = 1;
+  static constexpr int kSteps = kCell / 4;
+  static constexpr int kSums = kVectors;
+  static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
+  using Weights = __m512i;
+  using Sum = __m512i;
+  using Levels = ByteTable;
+  using Tiled = ByteDot;
+  static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
+  static Sum start(const std::uint32_t* x) { return broadcast(x + kBlockUnits + 1); }
+  static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_bytes(sum, weights, x); }
+  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
+    return mul(_mm512_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
+  }
+  static __m512i read(const std::uint32_t* tile) { return ShortDot::read(tile); }
+  static void write(std::uint32_t* tile, __m512i weights) { ShortDot::write(tile, weights); }
+  template <int kStep>
+  static __m512i decode(const Levels& levels, Words words) {
+    return look_up_bytes<kStep>(levels, words);
   }
 };
 #elif defined(PEFTSERVE_SIMD_AVX2)
@@ -118,7 +149,7 @@ struct ShortDot : ShortBlock {
     std::memcpy(&pairs, unit, sizeof pairs);
     return _mm256_set1_epi64x(pairs);
   }
-  static Sum none() { return _mm256_setzero_si256(); }
+  static Sum start(const std::uint32_t*) { return _mm256_setzero_si256(); }
   static __m256i dot(__m256i sum, __m256i weights, __m256i x) {
     // GCC would regroup the integer sums of several steps, which then outgrow the registers.
     return opaque(_mm256_add_epi32(sum, _mm256_madd_epi16(weights, x)));
@@ -139,7 +170,7 @@ struct ShortTileDot : ShortBlock {
   using Weights = __m256i;
   using Sum = __m256i;
   static __m256i broadcast(const std::uint32_t* unit) { return _mm256_set1_epi32(static_cast<int>(*unit)); }
-  static Sum none() { return ShortDot::none(); }
+  static Sum start(const std::uint32_t* x) { return ShortDot::start(x); }
   static __m256i dot(__m256i sum, __m256i weights, __m256i x) { return ShortDot::dot(sum, weights, x); }
   static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
     return mul(_mm256_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
@@ -180,7 +211,7 @@ template <class Dot, int kRows, int kGroups, class Source>
   constexpr int kSums = kGroups * Dot::kSums, kCount = kGroups * kVectors;
   typename Dot::Sum sums[kRows][kSums];
   unroll<kRows * kSums>([&](auto i) __attribute__((always_inline)) {
-    sums[i.value / kSums][i.value % kSums] = Dot::none();
+    sums[i.value / kSums][i.value % kSums] = Dot::start(x + i.value / kSums * Dot::kUnits);
   });
 #pragma GCC unroll 1
   for (int cell = 0; cell < kBlock / kCell; ++cell) {

@@ -57,11 +57,13 @@ NB_MODULE(_native, m) {
       .def("replay", &Tape::replay, nb::call_guard<nb::gil_scoped_release>())
       .def("__len__", &Tape::size);
   m.def("nf4_linear", [](Address x, Address y, Address packed, Address absmax, Address bias, int dtype,
-                         std::int64_t rows, std::int64_t columns, std::int64_t outputs, int threads) {
+                         std::int64_t rows, std::int64_t columns, std::int64_t outputs, bool int8_inputs,
+                         int threads) {
     call(current->nf4_linear,
          Nf4Linear{at<void>(x), at<void>(y), at<std::uint32_t>(packed), at<float>(absmax), at<float>(bias),
-                   static_cast<Dtype>(dtype), rows, columns, outputs, threads, nullptr});
+                   static_cast<Dtype>(dtype), rows, columns, outputs, int8_inputs, threads, nullptr});
   });
+  m.def("has_int8_inputs", [] { return current->int8_inputs; }, "Whether nf4_linear can round its inputs to 8 bits.");
   m.def("linear_logits", [](Address x, Address weight, Address y, int x_dtype, int weight_dtype, std::int64_t rows,
                             std::int64_t columns, std::int64_t outputs, int threads) {
     call(current->linear_logits,

@@ -58,6 +58,16 @@ ShortDot::Levels levels<ShortDot>() {
   return load_short_table(shorts);
 }
 #endif
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+template <>
+ByteDot::Levels levels<ByteDot>() {
+  std::uint8_t bytes[16];
+  for (int i = 0; i < 16; ++i) {
+    bytes[i] = static_cast<std::uint8_t>(kLevels[i] * ByteDot::kLevelScale + ByteDot::kZero + 0.5f);
+  }
+  return load_byte_table(bytes);
+}
+#endif
 
 // Weights decoded on the way from memory to the product.
 template <class Dot>
@@ -282,6 +292,9 @@ void nf4_linear(const Nf4Linear& args) {
     case Dtype::kFloat32:
       return Product<FloatDot, float>(args).run();
     case Dtype::kBfloat16:
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+      if (args.int8_inputs) return Product<ByteDot, Bf16>(args).run();
+#endif
 #if defined(PEFTSERVE_SIMD_SHORTS)
       return Product<ShortDot, Bf16>(args).run();
 #else

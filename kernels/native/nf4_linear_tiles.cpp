@@ -173,7 +173,7 @@ class TileProduct {
 }  // namespace
 
 void nf4_linear(const Nf4Linear& args) {
-  if (args.dtype != Dtype::kBfloat16) return avx512_vnni::kOps.nf4_linear(args);
+  if (args.dtype != Dtype::kBfloat16 || args.int8_inputs) return avx512_vnni::kOps.nf4_linear(args);
   TileProduct(args).run();
 }
 

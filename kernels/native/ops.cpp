@@ -20,6 +20,11 @@ const Ops kOps{
     .sample = sample,
     .lora_reads = lora_reads,
     .attention_reads = attention_reads,
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+    .int8_inputs = true,
+#else
+    .int8_inputs = false,
+#endif
 };
 
 }  // namespace peftserve::PEFTSERVE_ISA

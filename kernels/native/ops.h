@@ -18,6 +18,7 @@ struct Nf4Linear {
   const float* bias;            // [outputs] or null
   Dtype dtype;
   std::int64_t rows, columns, outputs;
+  bool int8_inputs;  // x, bfloat16, is rounded to 8 bits: where Ops::int8_inputs
   int threads;
   const Upcoming* upcoming;  // fetched meanwhile; or null
 };
@@ -173,6 +174,7 @@ struct Ops {
   // What the op of these arguments will read of the memory, by thread. Its inputs need not be there yet, its tables must.
   void (*lora_reads)(const LoraAdd&, Upcoming&);
   void (*attention_reads)(const PagedAttention&, Upcoming&);
+  bool int8_inputs;  // whether nf4_linear has them
 };
 
 // With tiles (AMX): what is not here is avx512_vnni's.

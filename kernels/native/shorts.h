@@ -1,4 +1,4 @@
-// Rows of bfloat16 as 16-bit integers: the units of ShortDot, in the order of the nibbles of packed NF4.
+// Rows of bfloat16 as integers: the units of ShortDot and of ByteDot, in the order of the nibbles of packed NF4.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ inline int largest_bits(const Bf16* x) {
   return largest_of(_mm256_max_epi16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1)));
 }
 
-inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
+inline void pack_block(ShortDot, const Bf16* x, Vec factor, std::uint32_t* units) {
   static constexpr UnitOrder kOrder;
   for (int half = 0; half < 2; ++half) {
     const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(kOrder.column), _mm512_loadu_si512(x + half * 32));
@@ -36,6 +36,24 @@ inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
     const __m512i low = _mm512_cvtps_epi32(mul(even, factor)), high = _mm512_cvtps_epi32(mul(odd, factor));
     _mm512_storeu_si512(units + half * 16, _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16)));
   }
+}
+
+// And behind the units' scale what a sum with them begins with.
+inline void pack_block(ByteDot, const Bf16* x, Vec factor, std::uint32_t* units) {
+  __m512i total = _mm512_setzero_si512();
+  for (int half = 0; half < 2; ++half) {
+    Vec even, odd;
+    split_pairs(_mm512_loadu_ps(x + half * 32), even, odd);
+    const __m512i low = _mm512_cvtps_epi32(mul(even, factor)), high = _mm512_cvtps_epi32(mul(odd, factor));
+    total = _mm512_add_epi32(total, _mm512_add_epi32(low, high));
+    // The low nibble of each byte is an odd column, the high one the even column before it.
+    const __m128i evens = _mm512_cvtepi32_epi8(low), odds = _mm512_cvtepi32_epi8(high);
+    auto* to = reinterpret_cast<__m128i*>(units + half * 8);
+    _mm_storeu_si128(to, _mm_unpacklo_epi32(odds, evens));
+    _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(odds, evens));
+  }
+  const int start = -ByteDot::kZero * _mm512_reduce_add_epi32(total);
+  std::memcpy(units + ByteDot::kBlockUnits + 1, &start, sizeof start);
 }
 #else
 inline int largest_bits(const Bf16* x) {
@@ -47,7 +65,7 @@ inline int largest_bits(const Bf16* x) {
   return largest_of(largest);
 }
 
-inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
+inline void pack_block(ShortDot, const Bf16* x, Vec factor, std::uint32_t* units) {
   // columns 1 3 5 7 of a cell, then 0 2 4 6
   const __m128i order = _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
   for (int cell = 0; cell < kBlock / kCell; ++cell) {
@@ -61,18 +79,28 @@ inline void pack_block(const Bf16* x, Vec factor, std::uint32_t* units) {
 // A row of x, its columns a multiple of 64, in blocks of units with their scales, which hold that of the levels too. A
 // block that holds an infinity or NaN gives NaN: its scale is NaN. One of nothing but zeros (or magnitudes below 1e-34,
 // whose inverse overflows) counts as zero.
-inline void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
+template <class Dot>
+inline void pack_blocks(const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, float level_scale,
+                        std::uint32_t* units) {
   for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
     const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits(x + column)) << 16;
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
     const bool is_finite = bits < 0x7f800000u, is_zero = largest < 1e-34f;
-    const float scale = is_finite ? largest / (ShortDot::kLargest * ShortDot::kLargestLevel) : __builtin_nanf("");
-    pack_block(x + column, broadcast(!is_finite || is_zero ? 0.0f : ShortDot::kLargest / largest), units);
+    const float scale = is_finite ? largest / (Dot::kLargest * level_scale) : __builtin_nanf("");
+    pack_block(Dot{}, x + column, broadcast(!is_finite || is_zero ? 0.0f : Dot::kLargest / largest), units);
     const float kept = is_zero ? 0.0f : scale;
-    std::memcpy(units + ShortDot::kBlockUnits, &kept, sizeof kept);
+    std::memcpy(units + Dot::kBlockUnits, &kept, sizeof kept);
   }
 }
+inline void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
+  pack_blocks<ShortDot>(x, columns, block_stride, ShortDot::kLargestLevel, units);
+}
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+inline void pack_row(ByteDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
+  pack_blocks<ByteDot>(x, columns, block_stride, ByteDot::kLevelScale, units);
+}
+#endif
 
 }  // namespace peftserve::PEFTSERVE_ISA
 

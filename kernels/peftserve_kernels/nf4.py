@@ -195,18 +195,27 @@ def _renumber(packed: Tensor, *, to_blocks: bool) -> Tensor:
     return table.index_select(0, packed.flatten().int()).view(packed.shape)
 
 
+INT8_LEVEL_SCALE: Final = 112
+"""With int8 inputs a level counts as round(112 level) / 112: of all scales up to 127 that one hits the sixteen best."""
+
+
 @cache
-def _pair_table(device: torch.device) -> Tensor:
+def _pair_table(device: torch.device, int8_levels: bool) -> Tensor:
     """int64 [256]: the two float32 levels of each packed byte as one 8-byte element, for one look-up a byte."""
     byte = torch.arange(256, device=device)
     code = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    if int8_levels:
+        code = (code * INT8_LEVEL_SCALE).round() / INT8_LEVEL_SCALE
     return torch.stack((code[byte >> 4], code[byte & 15]), dim=1).view(torch.int64).flatten()
 
 
-def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W[n, k] = code[nibble(n, k)] * absmax[n, k // 64], computed in float32 and rounded once to `dtype`: [N, K]."""
+def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype = torch.float32, *, int8_levels: bool = False) -> Tensor:
+    """W[n, k] = code[nibble(n, k)] * absmax[n, k // 64], computed in float32 and rounded once to `dtype`: [N, K].
+
+    With `int8_levels` the code is what products with int8 inputs take for it.
+    """
     weight = weight.row_major()
     rows, columns = weight.shape
-    pairs = _pair_table(weight.packed.device).index_select(0, weight.packed.flatten().int())
+    pairs = _pair_table(weight.packed.device, int8_levels).index_select(0, weight.packed.flatten().int())
     blocks = pairs.view(torch.float32).view(rows, columns // NF4_BLOCK, NF4_BLOCK)
     return blocks.mul_(weight.absmax.unsqueeze(-1)).view(rows, columns).to(dtype)

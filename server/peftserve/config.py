@@ -60,6 +60,11 @@ class EngineConfig(_Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     dtype: DType = Field("auto", description="Activations and KV cache; auto is bfloat16")
+    int8_activations: bool = Field(
+        False,
+        description="Round what the 4-bit layers multiply to 8 bits, block by block: more tokens/s of several streams, "
+        "less exact (CPU with AVX-512 and VNNI only)",
+    )
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the engine; 0: a thread for each core the process may use"
     )

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from peftserve.model.config_reader import read_spec
 from peftserve.types import AdapterKind, AdapterRef, EngineRequest, SamplingParams, TokenLogprobs
 from peftserve_kernels.cpu.extension import HAS_NATIVE
 from peftserve_kernels.cpu.threads import set_threads
+from peftserve_kernels.nf4_linear import why_no_int8_inputs
 from tests.goldens.bottleneck.random_adapter import write_random_adapter
 from tests.model import oracle
 
@@ -36,9 +38,10 @@ MAX_TOKENS = 10
 class Fleet:
     """Requests for the base and adapters of every kind, and their answers when each runs alone."""
 
-    def __init__(self, checkpoint: Path, data_dir: Path) -> None:
+    def __init__(self, checkpoint: Path, data_dir: Path, *, int8_activations: bool) -> None:
         self.checkpoint = checkpoint
         self.data_dir = data_dir
+        self.int8_activations = int8_activations
         refs = [None, *self._publish()]
         rng = random.Random(3)
         shared = [rng.randrange(3, 300) for _ in range(40)]
@@ -97,7 +100,13 @@ class Fleet:
     def core(self, **values: object) -> EngineCore:
         """An engine on the checkpoint in bf16."""
         config = EngineConfig.model_validate(
-            {"data_dir": self.data_dir, "page_size": 4, "kv_cache_bytes": "4MiB", "adapter_device_bytes": "4MiB"}
+            {
+                "data_dir": self.data_dir,
+                "page_size": 4,
+                "kv_cache_bytes": "4MiB",
+                "adapter_device_bytes": "4MiB",
+                "int8_activations": self.int8_activations,
+            }
             | values
         )
         return build_engine(config, self.checkpoint, lambda: None)[0]
@@ -122,9 +131,11 @@ class Fleet:
         return answers
 
 
-@pytest.fixture(scope="module")
-def fleet(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
-    return Fleet(tiny_checkpoint, tmp_path_factory.mktemp("fleet"))
+@pytest.fixture(scope="module", params=[False, True], ids=["default", "int8"])
+def fleet(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    if request.param and (reason := why_no_int8_inputs(torch.device("cpu"), torch.bfloat16)):
+        pytest.skip(f"int8 activations: {reason}")
+    return Fleet(tiny_checkpoint, tmp_path_factory.mktemp("fleet"), int8_activations=request.param)
 
 
 def test_the_fleet_covers_every_kind_and_generates(fleet: Fleet) -> None:

@@ -139,6 +139,11 @@ async def test_what_keeps_it_from_starting_is_raised(tiny_checkpoint: Path, tmp_
     assert engine.state is EngineState.FAILED
     await engine.stop()
 
+    engine = make_client(tiny_checkpoint, tmp_path, dtype="float32", int8_activations=True)
+    with pytest.raises(ConfigurationError, match="int8_activations: they take bfloat16 activations, not float32"):
+        await engine.start()
+    await engine.stop()
+
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text('{"model_type": "gpt2"}')

@@ -92,6 +92,7 @@ class Driver:
         num_slots: int = 16,
         max_rank: int = 64,
         max_rows: int = 64,
+        int8_activations: bool = False,
     ) -> None:
         self.spec = read_spec(folder)
         self.kv = KvCache(self.spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=_CPU)
@@ -105,7 +106,15 @@ class Driver:
         )
         self._store = AdapterStore(store, self.spec, max_rank=max_rank) if store else None
         weights = load_weights(folder, self.spec, dtype, _CPU)
-        self.runner = Runner(weights, self.spec, self.kv, self.memory, max_context=max_context, max_rows=max_rows)
+        self.runner = Runner(
+            weights,
+            self.spec,
+            self.kv,
+            self.memory,
+            max_context=max_context,
+            max_rows=max_rows,
+            int8_activations=int8_activations,
+        )
         self._page_size = page_size
         self._free = list(range(num_pages))
         random.Random(0).shuffle(self._free)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from peftserve_kernels.nf4_linear import why_no_int8_inputs
 from tests.goldens.bottleneck.random_adapter import write_random_adapter
 from tests.model import oracle
 from tests.model.driver import Driver, Job
@@ -78,8 +79,16 @@ def adapters(base: Any, texts: list[list[int]], tmp_path_factory: pytest.TempPat
     return Adapters(tuple(peft), tuple(root / kind for kind in BOTTLENECKS))
 
 
-def open_driver(folder: Path, dtype: torch.dtype, root: Path) -> Driver:
-    return Driver(folder, dtype=dtype, page_size=16, store=root / "store", max_rank=288, arena_bytes=1 << 28)
+def open_driver(folder: Path, dtype: torch.dtype, root: Path, *, int8_activations: bool = False) -> Driver:
+    return Driver(
+        folder,
+        dtype=dtype,
+        page_size=16,
+        store=root / "store",
+        max_rank=288,
+        arena_bytes=1 << 28,
+        int8_activations=int8_activations,
+    )
 
 
 @pytest.fixture
@@ -110,7 +119,23 @@ def test_float32_all_kinds_in_one_batch(driver: Driver, base: Any, adapters: Ada
         assert_parity(job.sampled, _as_expected(alone))
 
 
+@pytest.mark.parametrize(
+    ("int8_activations", "limit", "margin"),
+    [
+        (False, 1.0, MARGIN),
+        pytest.param(
+            *(True, 3.0, 1.0),
+            marks=pytest.mark.skipif(
+                why_no_int8_inputs(torch.device("cpu"), torch.bfloat16) is not None, reason="no int8 inputs here"
+            ),
+        ),
+    ],
+    ids=["default", "int8"],
+)
 def test_bfloat16_is_no_worse_than_transformers(
+    int8_activations: bool,
+    limit: float,
+    margin: float,
     smollm2: Path,
     base: Any,
     base_bf16: Any,
@@ -118,9 +143,12 @@ def test_bfloat16_is_no_worse_than_transformers(
     texts: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    """Teacher-forced, all in one batch: mean errors over the oracle's top five, ours and transformers' own in bf16."""
+    """Teacher-forced, all in one batch: mean errors over the oracle's top five, ours and transformers' own in bf16.
+
+    With int8 activations ours are three times as large at most.
+    """
     folders = [None, *adapters.peft]
-    driver = open_driver(smollm2, torch.bfloat16, tmp_path)
+    driver = open_driver(smollm2, torch.bfloat16, tmp_path, int8_activations=int8_activations)
     jobs = [
         Job(text[:12], len(text) - 12, adapter=adapter, forced=text[12:], chunks=(5,))
         for adapter in [driver.add(folder) if folder else None for folder in folders]
@@ -139,10 +167,10 @@ def test_bfloat16_is_no_worse_than_transformers(
         ours += errors(job.sampled, expected)
         reported = rival.gather(1, torch.tensor(expected.top_ids))
         theirs += (reported - torch.tensor(expected.top_logprobs)).abs().flatten().tolist()
-        assert misses(job.sampled, expected, MARGIN) == []
+        assert misses(job.sampled, expected, margin) == []
     for name, found in (("ours", ours), ("transformers", theirs)):
         logger.info("%s: mean %.4f, p99 %.4f, %d values", name, np.mean(found), np.quantile(found, 0.99), len(found))
-    assert np.mean(ours) <= np.mean(theirs)
+    assert np.mean(ours) <= limit * np.mean(theirs)
 
 
 def _as_expected(job: Job) -> Expected:

@@ -186,6 +186,24 @@ inline __m512i look_up_shorts(ShortTable table, Words words) {
   return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * kStep), table);
 }
 
+// Sixteen unsigned 8-bit levels, in each quarter.
+using ByteTable = __m512i;
+inline ByteTable load_byte_table(const std::uint8_t* levels) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+}
+// The levels of the `kStep`-th nibble of each byte.
+template <int kStep>
+inline __m512i look_up_bytes(ByteTable table, Words words) {
+  const __m512i nibbles = _mm512_and_si512(_mm512_srli_epi32(words, 4 * kStep), _mm512_set1_epi8(15));
+  return _mm512_shuffle_epi8(table, nibbles);
+}
+
+// acc + the four products of each lane's bytes, unsigned a and signed b.
+inline __m512i dot_bytes(__m512i acc, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
+
 // acc + a0 * b0 + a1 * b1 over the two 16-bit integers of each lane. As the instruction itself, since GCC 12 copies the
 // sums of the intrinsic to and fro: a third of the time of a product.
 inline __m512i dot_shorts(__m512i acc, __m512i a, __m512i b) {

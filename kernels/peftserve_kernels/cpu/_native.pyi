@@ -20,9 +20,11 @@ def nf4_linear(
     rows: int,
     columns: int,
     outputs: int,
+    int8_inputs: bool,
     threads: int,
     /,
 ) -> None: ...
+def has_int8_inputs() -> bool: ...
 def linear_logits(
     x: int,
     weight: int,

@@ -122,9 +122,9 @@ def splits_of(target: Target, rows: int, columns: int) -> Splits:
     return Splits(-(-blocks // (unroll * turns)), unroll * turns, unroll)
 
 
-def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
-    """See `peftserve_kernels.nf4_linear`. `Nf4Layout.BLOCKS` is read as it is, any other layout is converted
-    first, at each call and in no captured step: `prepare_nf4` does it once.
+def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None, *, int8_inputs: bool = False) -> Tensor:
+    """See `peftserve_kernels.nf4_linear`, but without `int8_inputs`. `Nf4Layout.BLOCKS` is read as it is, any other
+    layout is converted first, at each call and in no captured step: `prepare_nf4` does it once.
 
     bf16 and fp16: products of x and the levels rounded to x's dtype, float32 sums and scales. float32: float32.
     """

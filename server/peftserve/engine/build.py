@@ -22,6 +22,7 @@ from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import load_weights
 from peftserve_kernels.cpu.extension import HAS_NATIVE
 from peftserve_kernels.cpu.threads import available_cores, set_threads, threads
+from peftserve_kernels.nf4_linear import why_no_int8_inputs
 
 
 def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
@@ -31,6 +32,8 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
     """
     device = _device(config.device)
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.int8_activations and (reason := why_no_int8_inputs(device, dtype)):
+        raise ConfigurationError(f"int8_activations: {reason}", field="int8_activations")
     set_threads(config.threads or available_cores())
     torch.set_num_threads(threads())
     spec = read_spec(checkpoint)
@@ -68,6 +71,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         memory,
         max_context=max_model_len,
         max_rows=0 if config.eager else config.max_num_seqs,
+        int8_activations=config.int8_activations,
     )
     info = EngineInfo(
         spec=spec,

@@ -29,7 +29,8 @@ from peftserve_kernels.silu_mul import silu_mul
 class Decoder:
     """The layers and the head. Stateless between calls; the KV cache and the adapters' weights are passed by reference.
 
-    `max_context` bounds positions; `lora` and `bottleneck` are the device tables of all adapters.
+    `max_context` bounds positions; `lora` and `bottleneck` are the device tables of all adapters. `int8_activations`:
+    the NF4 projections round their inputs to int8 (`nf4_linear`).
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Decoder:
         caches: Sequence[LayerCache],
         lora: LoraWeights,
         bottleneck: BottleneckWeights,
+        int8_activations: bool = False,
     ) -> None:
         self._weights = weights
         self._spec = spec
         self._caches = caches
         self._lora = lora
         self._bottleneck = bottleneck
+        self._int8_activations = int8_activations
         self._dtype = weights.embedding.dtype
         self._scale = spec.head_dim**-0.5
         self._rope = rope_table(spec, max_context, weights.embedding.device)
@@ -113,7 +116,7 @@ class Decoder:
         layer: int,
         slices: Sequence[LoraSlice],
     ) -> torch.Tensor:
-        y = nf4_linear(x, weight, bias)
+        y = nf4_linear(x, weight, bias, int8_inputs=self._int8_activations)
         if batch.lora is not None:
             lora_add(y, x, batch.lora, self._lora, layer, slices)
         return y

@@ -20,7 +20,7 @@ class Runner:
     """The decoder on its KV cache and its adapters.
 
     `max_context` bounds positions, virtual tokens included. Steps that decode one token each of up to `max_rows`
-    sequences are captured and replayed where the device can; with 0 rows none are.
+    sequences are captured and replayed where the device can; with 0 rows none are. `int8_activations` as the decoder's.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Runner:
         *,
         max_context: int,
         max_rows: int,
+        int8_activations: bool = False,
     ) -> None:
         self._kv = kv
         self._adapters = adapters
@@ -43,6 +44,7 @@ class Runner:
             caches=kv.layers,
             lora=adapters.lora,
             bottleneck=adapters.bottleneck,
+            int8_activations=int8_activations,
         )
         self._max_rows = max_rows
         self._graphs: StepGraphs | None = None
