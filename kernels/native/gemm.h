@@ -259,16 +259,15 @@ struct TileSource {
   }
 };
 
-// One block of all rows of a chunk: x is [rows][kUnits]. Between tiles of rows the fetcher has its turns.
+// One block of the rows of a chunk from `row` on: x is [rows][kUnits]. Between tiles of rows the fetcher has its turns.
 template <class Dot, int kGroups, class Source>
-inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int64_t rows, Totals& totals,
-                          Fetcher& fetcher) {
+inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int64_t row, std::int64_t rows,
+                          Totals& totals, Fetcher& fetcher) {
   const auto multiply = [&](auto count, std::int64_t row) __attribute__((always_inline)) {
     multiply_block<Dot, count.value, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
                                               Totals::kStride);
   };
   constexpr int kRows = Dot::kTileRows;
-  std::int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
     fetcher.turn();
     multiply(Index<kRows>{}, row);

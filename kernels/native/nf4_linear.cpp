@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "fetcher.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -115,6 +117,19 @@ struct PackedSource {
 #endif
 };
 
+// The same, and they are kept in a tile for the other rows.
+template <class Dot>
+struct KeepingSource : PackedSource<Dot> {
+  std::uint32_t* tile;
+
+  template <int kStep, int kSum, int kGroups>
+  typename Dot::Weights weights(const typename PackedSource<Dot>::template Cell<kGroups>& prepared, int cell) const {
+    const auto decoded = PackedSource<Dot>::template weights<kStep, kSum>(prepared, cell);
+    Dot::write(tile + tile_offset<Dot>(kSum, cell, kStep), decoded);
+    return decoded;
+  }
+};
+
 template <class Dot, class T>
 class Product {
  public:
@@ -136,6 +151,14 @@ class Product {
     if (args_.rows >= team * kOwnRows) return own_rows(team);
     for (std::int64_t first = 0; first < args_.rows; first += kChunkRows) {
       const std::int64_t rows = args_.rows - first < kChunkRows ? args_.rows - first : kChunkRows;
+      if (args_.outputs >= team * kOwnPack) {
+        parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) {
+          auto* units = scratch<std::uint32_t>(unit_count(rows));
+          pack(first, rows, 0, rows, units);
+          chunk(units, first, rows, begin, end);
+        });
+        continue;
+      }
       auto* units = scratch<std::uint32_t>(unit_count(rows));
       parallel_phases(
           team, rows, [&](std::int64_t begin, std::int64_t end) { pack(first, rows, begin, end, units); }, groups_,
@@ -158,6 +181,8 @@ class Product {
   // With rows enough to be worth decoding all weights for, each thread computes all outputs of rows of its own. It then reads
   // no x that another core packed, and writes mostly the rows that it reads next (measured: 164 rows 14 % faster, 512 3 %).
   static constexpr std::int64_t kOwnRows = kChunkRows / 2;
+  // From so many outputs a thread on, packing all of x oneself costs less than reading what another core packed.
+  static constexpr std::int64_t kOwnPack = 256;
   void own_rows(int team) const {
     parallel_ranges(team, args_.rows, [&](std::int64_t first, std::int64_t end) {
       for (; first < end; first += kChunkRows) {
@@ -224,12 +249,30 @@ class Product {
       packed_.fetch_ahead<kGroups>(group, block, 1);
       fetch_outputs<kGroups>(first + rows * block / blocks_, first + rows * (block + 1) / blocks_, group);
       const PackedSource<Dot> packed = source(group, block);
-      decode<kGroups>(packed, tile);
+      const std::uint32_t* x = units + block * rows * Dot::kUnits;
+      const std::int64_t row = decode_and_multiply<kGroups>(packed, x, rows, tile, totals, fetcher);
       const TileSource<Tiled> decoded{tile.words, packed.scales, packed.scale_stride};
-      multiply_rows<Tiled, kGroups>(decoded, units + block * rows * Dot::kUnits, rows, totals, fetcher);
+      multiply_rows<Tiled, kGroups>(decoded, x, row, rows, totals, fetcher);
     }
     store_totals(totals.values, Totals::kStride, rows, group * kGroup, kGroups, args_.bias, y_ + first * args_.outputs,
                  args_.outputs);
+  }
+
+  // Decodes a block to a tile. Where the first rows can be multiplied on the way they are, as many as it says: other parts of
+  // the core decode than multiply (16 rows 5 % faster, 32 rows 2 %).
+  template <int kGroups>
+  static std::int64_t decode_and_multiply(const PackedSource<Dot>& packed, const std::uint32_t* x, std::int64_t rows,
+                                          Tile<Tiled>& tile, Totals& totals, Fetcher& fetcher) {
+    if constexpr (std::is_same_v<Dot, Tiled>) {
+      if (rows >= Dot::kTileRows) {
+        fetcher.turn();
+        multiply_block<Dot, Dot::kTileRows, kGroups>(KeepingSource<Dot>{packed, tile.words}, x, totals.values,
+                                                     Totals::kStride);
+        return Dot::kTileRows;
+      }
+    }
+    decode<kGroups>(packed, tile);
+    return 0;
   }
 
   // The lines of y that these rows of a tile will be stored to. Fetched block by block while others are multiplied: all at
