@@ -25,6 +25,8 @@ const Ops& avx512_bf16_ops() {
   static const Ops ops = [] {
     Ops all = avx512_vnni::kOps;
     all.linear_logits = avx512_bf16::linear_logits;
+    all.lora_add = avx512_bf16::lora_add;
+    all.lora_reads = avx512_bf16::lora_reads;
     return all;
   }();
   return ops;

@@ -167,13 +167,17 @@ class Update {
 
   void shrink_part(const Part& part) const {
     const Block& block = blocks_[part.block];
-    auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
+    const Factor<W> rows = factor_a(block).rows(part.first, part.end);
+    float* t = inner_ + block.inner + part.first;
+#if defined(PEFTSERVE_SIMD_PAIRS)
+    if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank);
+#endif
+    auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));
     for (std::int64_t m = 0; m < block.tokens; ++m) {
       widen_row_as<kSplit>(from + m * args_.columns, args_.columns, x + m * args_.columns);
     }
-    const Factor<W> rows = factor_a(block).rows(part.first, part.end);
-    shrink<kSplit>(x, block.tokens, rows, inner_ + block.inner + part.first, block.rank);
+    shrink<kSplit>(x, block.tokens, rows, t, block.rank);
   }
 
   void expand_part(const Part& part) const {

@@ -125,6 +125,51 @@ inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, floa
   for (; i < a.rank; ++i) rows(Index<1>{}, i);
 }
 
+#if defined(PEFTSERVE_SIMD_PAIRS)
+// The same for bfloat16, multiplied as it is: a chain is of pairs of columns.
+template <int kTokens, int kRanks>
+inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns, float* t, std::int64_t t_stride,
+                              Ahead ahead) {
+  constexpr int kCount = kTokens * kRanks;
+  Vec sums[kTokens][kRanks];
+  unroll<kCount>([&](auto i) __attribute__((always_inline)) { sums[i.value / kRanks][i.value % kRanks] = zero(); });
+  const auto step = [&](const auto& load) __attribute__((always_inline)) {
+    Vec inputs[kTokens];
+    unroll<kTokens>([&](auto m) __attribute__((always_inline)) { inputs[m.value] = load(x + m.value * columns); });
+    unroll<kRanks>([&](auto i) __attribute__((always_inline)) {
+      const Vec weights = load(a + i.value * columns);
+      unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
+        sums[m.value][i.value] = dot_pairs(sums[m.value][i.value], weights, inputs[m.value]);
+      });
+    });
+  };
+  std::int64_t column = 0;
+  for (; column + kPair <= columns; column += kPair) {
+    ahead.fetch();
+    ahead.fetch();
+    step([&](const Bf16* row) __attribute__((always_inline)) { return load_pairs(row + column); });
+  }
+  if (column < columns) {
+    const int count = static_cast<int>(columns - column);
+    step([&](const Bf16* row) __attribute__((always_inline)) { return load_pairs(row + column, count); });
+  }
+  store_sums(sums, t, t_stride);
+}
+
+inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<Bf16>& a, float* t, std::int64_t t_stride) {
+  const auto rows = [&](auto count, std::int64_t i) {
+    const Ahead ahead = next_rows(a, i);
+    for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
+      shrink_pairs_tile<tile.value, count.value>(x + m * a.width, a.row(i), a.width, t + m * t_stride + i, t_stride,
+                                                 m == 0 ? ahead : Ahead{});
+    });
+  };
+  std::int64_t i = 0;
+  for (; i + kRankTile <= a.rank; i += kRankTile) rows(Index<kRankTile>{}, i);
+  for (; i < a.rank; ++i) rows(Index<1>{}, i);
+}
+#endif
+
 constexpr int kPanelVectors = 4;
 constexpr int kPanel = kPanelVectors * kLanes;  // columns of the product that are computed together
 

@@ -185,7 +185,9 @@ void linear_logits(const LinearLogits& args);
 // With products of bfloat16 (AVX512_BF16); the rest likewise.
 namespace avx512_bf16 {
 void linear_logits(const LinearLogits& args);
-}
+void lora_add(const LoraAdd& args);
+void lora_reads(const LoraAdd& args, Upcoming& upcoming);
+}  // namespace avx512_bf16
 namespace avx512_vnni {
 extern const Ops kOps;
 }
