@@ -302,7 +302,8 @@ def _listen(host: str, port: int, stall_timeout_s: float) -> socket.socket:
 
 
 def _announce(addresses: Addresses, model_name: str, info: EngineInfo) -> None:
-    model = f"{model_name} ({info.dtype}, {info.device})"
+    precision = f"{info.dtype}, int8 activations" if info.int8_activations else info.dtype
+    model = f"{model_name} ({precision}, {info.device})"
     sys.stdout.write(f"peftserve is ready: {model} on {addresses.http} and gRPC {addresses.grpc}\n")
     sys.stdout.flush()
 

@@ -85,6 +85,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         adapter_device_bytes=plan.adapter_device_bytes,
         adapter_host_bytes=config.adapter_host_bytes,
         max_adapter_rank=config.max_adapter_rank,
+        int8_activations=config.int8_activations,
     )
     if HAS_NATIVE and device.type == "cpu":
         # What torch still does in a step is small, and a second pool of threads that wait would slow ours.

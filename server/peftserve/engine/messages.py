@@ -65,6 +65,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     adapter_device_bytes: int
     adapter_host_bytes: int
     max_adapter_rank: int
+    int8_activations: bool = False
 
 
 class AdapterResidency(msgspec.Struct, frozen=True, kw_only=True):
