@@ -110,7 +110,7 @@ struct ByteDot {
   static constexpr int kBlockUnits = kBlock / 4;
   static constexpr int kUnits = kBlockUnits + 2;  // the last words are the scale of the block, a float, and that start
   static constexpr float kLargest = 127.0f, kLevelScale = 112.0f;
-  static constexpr int kZero = 128;
+  static constexpr std::uint32_t kZero = 128;
   static constexpr int kStepUnits = 1;
   static constexpr int kSteps = kCell / 4;
   static constexpr int kSums = kVectors;

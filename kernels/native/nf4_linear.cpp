@@ -149,21 +149,7 @@ class Product {
       return;
     }
     if (args_.rows >= team * kOwnRows) return own_rows(team);
-    for (std::int64_t first = 0; first < args_.rows; first += kChunkRows) {
-      const std::int64_t rows = args_.rows - first < kChunkRows ? args_.rows - first : kChunkRows;
-      if (args_.outputs >= team * kOwnPack) {
-        parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) {
-          auto* units = scratch<std::uint32_t>(unit_count(rows));
-          pack(first, rows, 0, rows, units);
-          chunk(units, first, rows, begin, end);
-        });
-        continue;
-      }
-      auto* units = scratch<std::uint32_t>(unit_count(rows));
-      parallel_phases(
-          team, rows, [&](std::int64_t begin, std::int64_t end) { pack(first, rows, begin, end, units); }, groups_,
-          [&](std::int64_t begin, std::int64_t end) { chunk(units, first, rows, begin, end); });
-    }
+    for_chunks(0, args_.rows, [&](std::int64_t first, std::int64_t rows) { own_outputs(team, first, rows); });
   }
 
  private:
@@ -178,20 +164,42 @@ class Product {
     }
   }
 
+  // body(first, rows) for chunks of the rows first .. end, each about as large.
+  template <class Body>
+  static void for_chunks(std::int64_t first, std::int64_t end, const Body& body) {
+    const std::int64_t chunks = (end - first + kChunkRows - 1) / kChunkRows;
+    const std::int64_t most = (end - first + chunks - 1) / chunks, size = (most + kTileRows - 1) / kTileRows * kTileRows;
+    for (; first < end; first += size) body(first, end - first < size ? end - first : size);
+  }
+
   // With rows enough to be worth decoding all weights for, each thread computes all outputs of rows of its own. It then reads
   // no x that another core packed, and writes mostly the rows that it reads next (measured: 164 rows 14 % faster, 512 3 %).
   static constexpr std::int64_t kOwnRows = kChunkRows / 2;
-  // From so many outputs a thread on, packing all of x oneself costs less than reading what another core packed.
-  static constexpr std::int64_t kOwnPack = 256;
   void own_rows(int team) const {
-    parallel_ranges(team, args_.rows, [&](std::int64_t first, std::int64_t end) {
-      for (; first < end; first += kChunkRows) {
-        const std::int64_t rows = end - first < kChunkRows ? end - first : kChunkRows;
-        auto* units = scratch<std::uint32_t>(unit_count(rows));
-        pack(first, rows, 0, rows, units);
-        chunk(units, first, rows, 0, groups_);
-      }
+    parallel_ranges(team, args_.rows, [&](std::int64_t begin, std::int64_t end) {
+      for_chunks(begin, end, [&](std::int64_t first, std::int64_t rows) { packed_chunk(first, rows, 0, groups_); });
     });
+  }
+
+  // Else each thread computes some outputs of all rows. From so many outputs a thread on, packing all of x oneself costs less
+  // than reading what another core packed.
+  static constexpr std::int64_t kOwnPack = 256;
+  void own_outputs(int team, std::int64_t first, std::int64_t rows) const {
+    if (args_.outputs >= team * kOwnPack) {
+      return parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) {
+        packed_chunk(first, rows, begin, end);
+      });
+    }
+    auto* units = scratch<std::uint32_t>(unit_count(rows));
+    parallel_phases(
+        team, rows, [&](std::int64_t begin, std::int64_t end) { pack(first, rows, begin, end, units); }, groups_,
+        [&](std::int64_t begin, std::int64_t end) { chunk(units, first, rows, begin, end); });
+  }
+
+  void packed_chunk(std::int64_t first, std::int64_t rows, std::int64_t begin, std::int64_t end) const {
+    auto* units = scratch<std::uint32_t>(unit_count(rows));
+    pack(first, rows, 0, rows, units);
+    chunk(units, first, rows, begin, end);
   }
 
   PackedSource<Dot> source(std::int64_t group, std::int64_t block) const {

@@ -52,7 +52,8 @@ inline void pack_block(ByteDot, const Bf16* x, Vec factor, std::uint32_t* units)
     _mm_storeu_si128(to, _mm_unpacklo_epi32(odds, evens));
     _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(odds, evens));
   }
-  const int start = -ByteDot::kZero * _mm512_reduce_add_epi32(total);
+  // Modulo 2^32, like the sums: NaN counts as the least integer.
+  const std::uint32_t start = 0u - ByteDot::kZero * static_cast<std::uint32_t>(_mm512_reduce_add_epi32(total));
   std::memcpy(units + ByteDot::kBlockUnits + 1, &start, sizeof start);
 }
 #else
