@@ -69,33 +69,38 @@ struct FloatDot {
 // floats or bfloat16.
 //
 // Each block of 64 columns of x is scaled so that its largest value becomes kLargest; the levels of NF4 are scaled to
-// kLargestLevel. Both roundings are finer than bf16's: half a step is 2^-14 of the block's largest value, and 2^-13 of
-// the largest level. Sums of a block are exact in 32 bits: 64 * kLargest * kLargestLevel < 2^31.
+// kLevelScale. Both roundings are finer than bf16's: half a step is 2^-14 of the block's largest value, and 2^-13 of
+// the largest level. Sums of a block are exact in 32 bits: 64 * kLargest * kLevelScale < 2^31.
 struct ShortBlock {
   static constexpr int kBlockUnits = kBlock / 2;
   static constexpr int kUnits = kBlockUnits + 1;  // the last word is the scale of the block, a float
-  static constexpr float kLargest = 8191.0f, kLargestLevel = 4095.0f;
+  static constexpr float kLargest = 8191.0f, kLevelScale = 4095.0f;
 };
 #endif
 
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
-struct ShortDot : ShortBlock {
+// What products of integers have in common, whatever their size: a unit a step, and one vector of sums a group.
+template <class Block>
+struct IntegerDot : Block {
   static constexpr int kStepUnits = 1;
-  static constexpr int kSteps = kCell / 2;
   static constexpr int kSums = kVectors;
   static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
   using Weights = __m512i;
   using Sum = __m512i;
-  using Levels = ShortTable;
-  using Tiled = ShortDot;
   static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
-  static Sum start(const std::uint32_t*) { return _mm512_setzero_si512(); }
-  static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_shorts(sum, weights, x); }
   static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
-    return mul(_mm512_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
+    return mul(_mm512_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + Block::kBlockUnits));
   }
   static __m512i read(const std::uint32_t* tile) { return _mm512_loadu_si512(tile); }
   static void write(std::uint32_t* tile, __m512i weights) { _mm512_storeu_si512(tile, weights); }
+};
+
+struct ShortDot : IntegerDot<ShortBlock> {
+  static constexpr int kSteps = kCell / 2;
+  using Levels = ShortTable;
+  using Tiled = ShortDot;
+  static Sum start(const std::uint32_t*) { return _mm512_setzero_si512(); }
+  static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_shorts(sum, weights, x); }
   template <int kStep>
   static __m512i decode(const Levels& levels, Words words) {
     return look_up_shorts<kStep>(levels, words);
@@ -106,27 +111,19 @@ struct ShortDot : ShortBlock {
 // less exact: each block of 64 columns of x is scaled so that its largest value becomes kLargest, and half a step is 2^-8
 // of that. The levels become kZero + kLevelScale level, rounded (that scale, below 127, hits the sixteen best). What kZero
 // adds to a sum, the sum begins with, taken off.
-struct ByteDot {
+struct ByteBlock {
   static constexpr int kBlockUnits = kBlock / 4;
   static constexpr int kUnits = kBlockUnits + 2;  // the last words are the scale of the block, a float, and that start
   static constexpr float kLargest = 127.0f, kLevelScale = 112.0f;
   static constexpr std::uint32_t kZero = 128;
-  static constexpr int kStepUnits = 1;
+};
+
+struct ByteDot : IntegerDot<ByteBlock> {
   static constexpr int kSteps = kCell / 4;
-  static constexpr int kSums = kVectors;
-  static constexpr int kTileRows = peftserve::PEFTSERVE_ISA::kTileRows;
-  using Weights = __m512i;
-  using Sum = __m512i;
   using Levels = ByteTable;
   using Tiled = ByteDot;
-  static __m512i broadcast(const std::uint32_t* unit) { return _mm512_set1_epi32(static_cast<int>(*unit)); }
   static Sum start(const std::uint32_t* x) { return broadcast(x + kBlockUnits + 1); }
   static __m512i dot(__m512i sum, __m512i weights, __m512i x) { return dot_bytes(sum, weights, x); }
-  static Vec value(const Sum* sums, int v, const std::uint32_t* x) {
-    return mul(_mm512_cvtepi32_ps(sums[v]), FloatDot::broadcast(x + kBlockUnits));
-  }
-  static __m512i read(const std::uint32_t* tile) { return ShortDot::read(tile); }
-  static void write(std::uint32_t* tile, __m512i weights) { ShortDot::write(tile, weights); }
   template <int kStep>
   static __m512i decode(const Levels& levels, Words words) {
     return look_up_bytes<kStep>(levels, words);

@@ -37,13 +37,13 @@ struct Step {
   static Vec multiply(Vec weights, Vec x, Vec sum) { return fma(weights, x, sum); }
 };
 
-#if defined(PEFTSERVE_SIMD_PAIRS)
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
 // As they are, two in a word: half the vectors, and nothing to widen.
 template <>
 struct Step<Bf16, Bf16> {
   static constexpr int kVectors = 1, kColumns = 2 * kLanes;
   static constexpr bool kInPlace = true;
-  static void read(const Bf16* p, Vec (&weights)[1]) { weights[0] = load_pairs(p); }
+  static void read(const Bf16* p, Vec (&weights)[1]) { weights[0] = Pairs<Bf16>::load(p); }
   static void pack(const Bf16 (&x)[kColumns], float* packed) { std::memcpy(packed, x, sizeof x); }
   static Vec multiply(Vec weights, Vec x, Vec sum) { return dot_pairs(sum, weights, x); }
 };

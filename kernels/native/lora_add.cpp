@@ -170,7 +170,7 @@ class Update {
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
     const Factor<W> rows = factor_a(block).rows(part.first, part.end);
     float* t = inner_ + block.inner + part.first;
-#if defined(PEFTSERVE_SIMD_PAIRS)
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
     if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank);
 #endif
     auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));

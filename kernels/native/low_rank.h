@@ -125,7 +125,7 @@ inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, floa
   for (; i < a.rank; ++i) rows(Index<1>{}, i);
 }
 
-#if defined(PEFTSERVE_SIMD_PAIRS)
+#if defined(PEFTSERVE_SIMD_AVX512_BF16)
 // The same for bfloat16, multiplied as it is: a chain is of pairs of columns.
 template <int kTokens, int kRanks>
 inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns, float* t, std::int64_t t_stride,
@@ -147,11 +147,11 @@ inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns
   for (; column + kPair <= columns; column += kPair) {
     ahead.fetch();
     ahead.fetch();
-    step([&](const Bf16* row) __attribute__((always_inline)) { return load_pairs(row + column); });
+    step([&](const Bf16* row) __attribute__((always_inline)) { return Pairs<Bf16>::load(row + column); });
   }
   if (column < columns) {
     const int count = static_cast<int>(columns - column);
-    step([&](const Bf16* row) __attribute__((always_inline)) { return load_pairs(row + column, count); });
+    step([&](const Bf16* row) __attribute__((always_inline)) { return load_first_pairs(row + column, count); });
   }
   store_sums(sums, t, t_stride);
 }

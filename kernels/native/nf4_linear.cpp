@@ -54,7 +54,7 @@ template <>
 ShortDot::Levels levels<ShortDot>() {
   alignas(32) std::int16_t shorts[16];
   for (int i = 0; i < 16; ++i) {
-    const float scaled = kLevels[i] * ShortDot::kLargestLevel;
+    const float scaled = kLevels[i] * ShortDot::kLevelScale;
     shorts[i] = static_cast<std::int16_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
   }
   return load_short_table(shorts);

@@ -81,27 +81,19 @@ inline void pack_block(ShortDot, const Bf16* x, Vec factor, std::uint32_t* units
 // block that holds an infinity or NaN gives NaN: its scale is NaN. One of nothing but zeros (or magnitudes below 1e-34,
 // whose inverse overflows) counts as zero.
 template <class Dot>
-inline void pack_blocks(const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, float level_scale,
-                        std::uint32_t* units) {
+  requires requires { Dot::kLevelScale; }
+inline void pack_row(Dot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
   for (std::int64_t column = 0; column < columns; column += kBlock, units += block_stride) {
     const std::uint32_t bits = static_cast<std::uint32_t>(largest_bits(x + column)) << 16;
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
     const bool is_finite = bits < 0x7f800000u, is_zero = largest < 1e-34f;
-    const float scale = is_finite ? largest / (Dot::kLargest * level_scale) : __builtin_nanf("");
+    const float scale = is_finite ? largest / (Dot::kLargest * Dot::kLevelScale) : __builtin_nanf("");
     pack_block(Dot{}, x + column, broadcast(!is_finite || is_zero ? 0.0f : Dot::kLargest / largest), units);
     const float kept = is_zero ? 0.0f : scale;
     std::memcpy(units + Dot::kBlockUnits, &kept, sizeof kept);
   }
 }
-inline void pack_row(ShortDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
-  pack_blocks<ShortDot>(x, columns, block_stride, ShortDot::kLargestLevel, units);
-}
-#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
-inline void pack_row(ByteDot, const Bf16* x, std::int64_t columns, std::ptrdiff_t block_stride, std::uint32_t* units) {
-  pack_blocks<ByteDot>(x, columns, block_stride, ByteDot::kLevelScale, units);
-}
-#endif
 
 }  // namespace peftserve::PEFTSERVE_ISA
 

@@ -3,8 +3,6 @@
 
 #include "avx512_vnni.h"
 
-#define PEFTSERVE_SIMD_PAIRS  // products of pairs: dot_pairs
-
 namespace peftserve::PEFTSERVE_ISA {
 
 // sums + the two products of each lane's pair of bfloat16, in float32. (Intel 64 and IA-32 Software Developer's Manual,
@@ -14,9 +12,8 @@ inline Vec dot_pairs(Vec sums, Vec a, Vec b) {
   return sums;
 }
 
-// Two bfloat16 in each word; the first `count` of them, zeros after, without a touch of what lies there.
-inline Vec load_pairs(const Bf16* p) { return _mm512_loadu_ps(p); }
-inline Vec load_pairs(const Bf16* p, int count) {
+// Pairs of bfloat16 as they lie in memory: the first `count` values, zeros after; memory past them is not touched.
+inline Vec load_first_pairs(const Bf16* p, int count) {
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << count) - 1u, p));
 }
 
