@@ -28,9 +28,10 @@ void rms_norm(const RmsNorm& args) {
 }
 
 void residual_add(const ResidualAdd& args) {
+  const std::int64_t size = args.rows * args.columns;
   with_type(args.dtype, [&](auto type) {
     const auto* hidden = static_cast<const typename decltype(type)::type*>(args.hidden);
-    parallel_ranges(team_size(args.threads, args.count), args.count, [&](std::int64_t begin, std::int64_t end) {
+    parallel_ranges(team_size(args.threads, size), size, [&](std::int64_t begin, std::int64_t end) {
       for_vectors(end - begin, [&](std::int64_t at, int count) __attribute__((always_inline)) {
         const std::int64_t i = begin + at;
         store_part(args.y + i, count, add(load_part(args.residual + i, count), load_part(hidden + i, count)));

@@ -252,6 +252,7 @@ class RowProduct {
 
 void linear_logits(const LinearLogits& args) {
   if (args.x_dtype == Dtype::kBfloat16) return RowProduct<Bf16, Bf16>(args).run();
+  if (args.x_dtype == Dtype::kFloat16) return RowProduct<Half, Half>(args).run();
   with_type(args.weight_dtype, [&](auto weight) { RowProduct<float, typename decltype(weight)::type>(args).run(); });
 }
 

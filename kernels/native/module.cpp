@@ -3,8 +3,6 @@
 // It checks nothing: the launchers in Python have. Calls keep the interpreter lock: they are short, and giving it up
 // hundreds of times a step would let any busy thread take it for a switch interval each time. A replayed tape is one
 // long call, and gives it up.
-#include <array>
-
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -18,8 +16,6 @@ namespace peftserve {
 namespace {
 
 using Address = std::uintptr_t;
-
-constexpr std::size_t kMaxSlices = 8;  // modules in one merged linear layer; three is the most so far
 
 const Ops* current = ops_for(supported_isas().front());
 
@@ -35,14 +31,12 @@ bool set_isa(const std::string& isa) {
 }
 
 // [(target, in_features, out_offset, out_features), ...] of LoraSlice: tuples, read in place.
-std::size_t read_slices(nb::handle slices, LoraAdd::Slice* to, std::size_t most) {
-  std::size_t count = 0;
+void read_slices(nb::handle slices, LoraAdd& to) {
   for (nb::handle item : slices) {
-    if (count == most) throw nb::value_error("slices: too many");
+    if (to.slices == LoraAdd::kMostSlices) throw nb::value_error("slices: too many");
     const auto field = [&](int index) { return PyLong_AsLongLong(PyTuple_GET_ITEM(item.ptr(), index)); };
-    to[count++] = {field(0), field(2), field(3)};
+    to.slice[to.slices++] = {field(0), field(2), field(3)};
   }
-  return count;
 }
 
 }  // namespace
@@ -52,9 +46,16 @@ NB_MODULE(_native, m) {
   m.def("set_isa", set_isa, nb::arg("isa"), "Use one of them from now on; false, and no change, for any other name.");
   nb::class_<Tape>(m, "Tape")
       .def(nb::init<>())
-      .def("start", &Tape::start, "From here on every call is recorded too; one tape at a time.")
+      .def("start", [](Tape& tape, bool sampled) { tape.start(sampled ? Rows::kSampled : Rows::kTokens); },
+           nb::arg("sampled"),
+           "From here on calls are recorded instead of made; one tape at a time. `sampled`: they have a row for each "
+           "token that is sampled after, instead of for each token.")
       .def("stop", &Tape::stop)
-      .def("replay", &Tape::replay, nb::call_guard<nb::gil_scoped_release>())
+      .def("replay",
+           [](Tape& tape, std::int64_t tokens, std::int64_t sequences, std::int64_t sampled) {
+             return tape.replay({tokens, sequences, sampled});
+           },
+           nb::arg("tokens"), nb::arg("sequences"), nb::arg("sampled"), nb::call_guard<nb::gil_scoped_release>())
       .def("__len__", &Tape::size);
   m.def("nf4_linear", [](Address x, Address y, Address packed, Address absmax, Address bias, int dtype,
                          std::int64_t rows, std::int64_t columns, std::int64_t outputs, bool int8_inputs,
@@ -76,9 +77,11 @@ NB_MODULE(_native, m) {
          RmsNorm{at<void>(x), at<float>(weight), at<void>(y), static_cast<Dtype>(dtype), static_cast<Dtype>(out_dtype),
                  rows, columns, eps, threads});
   });
-  m.def("residual_add", [](Address residual, Address hidden, Address y, int dtype, std::int64_t count, int threads) {
+  m.def("residual_add", [](Address residual, Address hidden, Address y, int dtype, std::int64_t rows,
+                           std::int64_t columns, int threads) {
     call(current->residual_add,
-         ResidualAdd{at<float>(residual), at<void>(hidden), at<float>(y), static_cast<Dtype>(dtype), count, threads});
+         ResidualAdd{at<float>(residual), at<void>(hidden), at<float>(y), static_cast<Dtype>(dtype), rows, columns,
+                     threads});
   });
   m.def("silu_mul",
         [](Address gate_up, Address y, int dtype, std::int64_t rows, std::int64_t columns, int threads) {
@@ -121,25 +124,12 @@ NB_MODULE(_native, m) {
                        int arena_dtype, std::int64_t tokens, std::int64_t columns, std::int64_t y_stride,
                        std::int64_t segments, std::int64_t layer, std::int64_t layers, std::int64_t targets,
                        std::int64_t pages, int threads) {
-    std::array<LoraAdd::Slice, kMaxSlices> pieces;
-    const auto count = static_cast<std::int64_t>(read_slices(slices, pieces.data(), kMaxSlices));
     LoraAdd args{at<void>(y), at<void>(x), at<std::int32_t>(start), at<std::int32_t>(slot), at<void>(arena),
                  at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(row_scale), at<std::int64_t>(a_page),
-                 at<std::int64_t>(b_page), pieces.data(), static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype),
-                 tokens, columns, y_stride, segments, count, layer, layers, targets, pages, threads};
-    const auto op = current->lora_add;
-    op(args);
-    if (Tape::recording == nullptr) return;
-    // A tape keeps its own copy of the slices.
-    Tape::recording->add({.make = [op, args, pieces](const Upcoming&) mutable {
-                            args.slice = pieces.data();
-                            op(args);
-                            return true;
-                          },
-                          .reads = [reads = current->lora_reads, args, pieces](Upcoming& upcoming) mutable {
-                            args.slice = pieces.data();
-                            reads(args, upcoming);
-                          }});
+                 at<std::int64_t>(b_page), {}, static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype), tokens,
+                 columns, y_stride, segments, 0, layer, layers, targets, pages, threads};
+    read_slices(slices, args);
+    call(current->lora_add, args, current->lora_reads);
   });
   m.def("bottleneck_add", [](Address stream, Address hidden, Address residual, Address start, Address slot,
                              Address arena, Address width, Address scale, Address down_page, Address up_page,

@@ -24,7 +24,7 @@ struct Nf4Linear {
 };
 
 struct LinearLogits {
-  const void* x;       // [rows, columns] of `x_dtype`: float32, or bfloat16 if the weight is bfloat16
+  const void* x;       // [rows, columns] of `x_dtype`: float32, or the weight's
   const void* weight;  // [outputs, columns] of `weight_dtype`
   float* y;            // [rows, outputs]
   Dtype x_dtype, weight_dtype;
@@ -43,11 +43,11 @@ struct RmsNorm {
 };
 
 struct ResidualAdd {
-  const float* residual;  // [count]
-  const void* hidden;     // [count] of `dtype`
-  float* y;               // [count], `residual` itself perhaps
+  const float* residual;  // [rows, columns]
+  const void* hidden;     // [rows, columns] of `dtype`
+  float* y;               // [rows, columns], `residual` itself perhaps
   Dtype dtype;
-  std::int64_t count;
+  std::int64_t rows, columns;
   int threads;
 };
 
@@ -107,6 +107,7 @@ struct PagedAttention {
 };
 
 struct LoraAdd {
+  static constexpr std::int64_t kMostSlices = 8;  // modules in one merged linear layer; three is the most so far
   struct Slice {
     std::int64_t target, offset, outputs;
   };
@@ -120,7 +121,7 @@ struct LoraAdd {
   const std::int64_t* row_scale;  // the same; negative for none
   const std::int64_t* a_page;     // [slots, layers, targets, pages]
   const std::int64_t* b_page;     // the same
-  const Slice* slice;             // [slices]
+  Slice slice[kMostSlices];       // the first `slices` of them
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, y_stride, segments, slices, layer, layers, targets, pages;
   int threads;

@@ -69,7 +69,7 @@ class EngineConfig(_Frozen):
         0, ge=0, le=1024, description="CPU threads of the engine; 0: a thread for each core the process may use"
     )
     eager: bool = Field(
-        False, description="Run every step op by op instead of replaying captured decode steps (to debug kernels)"
+        False, description="Run every step op by op instead of replaying captured ones (to debug kernels)"
     )
     max_model_len: int = Field(
         0,

@@ -91,6 +91,7 @@ class Driver:
         arena_bytes: int = 1 << 27,
         num_slots: int = 16,
         max_rank: int = 64,
+        max_tokens: int = 512,
         max_rows: int = 64,
         int8_activations: bool = False,
     ) -> None:
@@ -112,6 +113,7 @@ class Driver:
             self.kv,
             self.memory,
             max_context=max_context,
+            max_tokens=max_tokens,
             max_rows=max_rows,
             int8_activations=int8_activations,
         )

@@ -8,8 +8,8 @@ import torch
 from peftserve.engine.plan import Row, SampleSpec, StepPlan, segments
 from peftserve.model import graphs
 from peftserve.model.batch import Batch, build_batch
-from peftserve.model.decode_batch import DecodeBatch
 from peftserve.model.graphs import TapeGraphs, graph_sizes, is_decode, size_for
+from peftserve.model.static_batch import StaticBatch
 from peftserve.types import AdapterKind
 from peftserve_kernels.capture import CaptureError, CaptureGuard
 from peftserve_kernels.cpu.extension import HAS_NATIVE
@@ -17,6 +17,7 @@ from tests.model.driver import GREEDY, Driver, Job
 
 native = pytest.mark.skipif(not HAS_NATIVE, reason="the extension is not built")
 CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def jobs(driver: Driver, every_kind: list[Path]) -> list[Job]:
@@ -26,7 +27,7 @@ def jobs(driver: Driver, every_kind: list[Path]) -> list[Job]:
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_replayed_steps_equal_steps_run_op_by_op(
     base_folder: Path, every_kind: list[Path], dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -55,10 +56,10 @@ def test_only_single_tokens_that_are_sampled_are_a_decode_step() -> None:
     assert not is_decode(plan([Row("a", base, 0, [7], 3, [1], None)]))
 
 
-def same(a: Batch, b: Batch, rows: int) -> None:
+def same(a: Batch, b: Batch, tokens: int) -> None:
     for name in ("token_ids", "positions", "slots"):
-        assert torch.equal(getattr(a, name)[:rows], getattr(b, name)[:rows]), name
-    assert torch.equal(a.attention.context_len[:rows], b.attention.context_len)
+        assert torch.equal(getattr(a, name)[:tokens], getattr(b, name)), name
+    assert torch.equal(a.attention.context_len[: len(b.attention.context_len)], b.attention.context_len)
     for index, context in enumerate(b.attention.context_len.tolist()):
         pages = -(-context // 4)  # nothing is read beyond them
         assert torch.equal(a.attention.block_tables[index, :pages], b.attention.block_tables[index, :pages])
@@ -74,7 +75,7 @@ def same(a: Batch, b: Batch, rows: int) -> None:
 
 
 def test_static_inputs_are_those_of_the_step_and_padding_touches_nothing() -> None:
-    inputs = DecodeBatch(max_rows=8, max_context=32, page_size=4, device=CPU)
+    inputs = StaticBatch(max_tokens=8, max_rows=8, max_context=32, page_size=4, device=CPU)
     table = [3, 9]
     first = [
         row("a", AdapterKind.BASE, 0, 6, table),
@@ -89,17 +90,39 @@ def test_static_inputs_are_those_of_the_step_and_padding_touches_nothing() -> No
         if index == 2:
             table.append(10)  # grown in place, as the scheduler grows it
         step = plan(rows)
-        inputs.load(step, 8)
+        assert inputs.load(step, 8) == len(rows)
         expected = build_batch(step, 4, CPU)
-        static = inputs.view(8, lora=bool(step.lora.slot), bottleneck=bool(step.bottleneck.slot))
+        static = inputs.decode_view(8, lora=bool(step.lora.slot), bottleneck=bool(step.bottleneck.slot))
         same(static, expected, len(rows))
+        assert static.attention.query_start.tolist() == list(range(9))
         assert bool((static.slots[len(rows) :] == -1).all())
         assert not bool(static.attention.context_len[len(rows) :].any())
     # Another request's table in the same place, as long and as full.
     assert table_of_b == [4]
     replaced = plan([row("a", AdapterKind.BASE, 0, 8, [20, 21, 22])])
-    inputs.load(replaced, 1)
-    same(inputs.view(1, lora=False, bottleneck=False), build_batch(replaced, 4, CPU), 1)
+    inputs.load(replaced)
+    same(inputs.decode_view(1, lora=False, bottleneck=False), build_batch(replaced, 4, CPU), 1)
+
+
+def test_static_inputs_hold_prompts_and_rows_that_do_not_sample() -> None:
+    inputs = StaticBatch(max_tokens=40, max_rows=4, max_context=32, page_size=4, device=CPU)
+    rows = [
+        row("a", AdapterKind.BASE, 0, 6, [3, 9]),
+        Row("b", AdapterKind.LORA, 2, list(range(20)), 3, [4, 5, 6, 7, 8, 10], None),
+        row("c", AdapterKind.LORA, 3, 0, [11], tokens=4),
+    ]
+    for some in (rows, rows[1:], rows[:2]):
+        step = plan(some)
+        assert inputs.holds(step)
+        assert inputs.load(step) == sum(row.sample is not None for row in some)
+        static, expected = inputs.view(lora=True, bottleneck=False), build_batch(step, 4, CPU)
+        same(static, expected, step.num_tokens)
+        assert torch.equal(static.attention.query_start[: len(some) + 1], expected.attention.query_start)
+        assert static.sample_rows is not None
+        assert expected.sample_rows is not None
+        assert torch.equal(static.sample_rows[: len(expected.sample_rows)], expected.sample_rows)
+    assert not inputs.holds(plan([row("a", AdapterKind.BASE, 0, 0, [3], tokens=41)]))
+    assert not inputs.holds(plan([row("a", AdapterKind.BASE, 0, 6, [3, 9])] * 5))
 
 
 def test_graph_sizes() -> None:
@@ -112,17 +135,20 @@ def test_graph_sizes() -> None:
 
 def test_without_the_extension_nothing_is_captured(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Driver(base_folder).runner._decoder
-    inputs = DecodeBatch(max_rows=2, max_context=8, page_size=4, device=CPU)
+    sizes = {"max_tokens": 8, "max_rows": 2, "max_context": 8, "page_size": 4}
     monkeypatch.setattr(graphs, "HAS_NATIVE", False)
-    assert graphs.make_graphs(decoder, inputs, CPU) is None
+    assert graphs.make_graphs(decoder, CPU, **sizes) is None
 
 
 @native
-def test_a_tape_would_miss_nothing(base_folder: Path, every_kind: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tape_would_miss_nothing(
+    base_folder: Path, every_kind: list[Path], dtype: torch.dtype, tmp_path: Path
+) -> None:
     """The guard passes over every recorded step, and finds an op of torch's that is planted in the decoder."""
-    driver = Driver(base_folder, store=tmp_path / "store")
+    driver = Driver(base_folder, dtype=dtype, store=tmp_path / "store")
     decoder = driver.runner._decoder
-    inputs = DecodeBatch(max_rows=8, max_context=64, page_size=4, device=CPU)
+    inputs = StaticBatch(max_tokens=16, max_rows=8, max_context=64, page_size=4, device=CPU)
     every = plan(
         [
             row("a", AdapterKind.BASE, 0, 6, [3, 9]),
@@ -134,8 +160,11 @@ def test_a_tape_would_miss_nothing(base_folder: Path, every_kind: list[Path], tm
         assert TapeGraphs(decoder, inputs).run(every).shape == (3, driver.spec.vocab_size)
 
     class Planted:
-        def step(self, batch: Batch) -> torch.Tensor:
-            logits = decoder.step(batch)
+        forward = staticmethod(decoder.forward)
+        step = staticmethod(decoder.step)
+
+        def logits(self, stream: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+            logits = decoder.logits(stream, rows)
             return logits + logits.max().item()
 
     with torch.inference_mode(), pytest.raises(CaptureError), CaptureGuard(computes=False):

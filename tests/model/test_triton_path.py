@@ -13,9 +13,9 @@ import torch
 import peftserve_kernels
 from peftserve.engine.plan import Row, SampleSpec, StepPlan, segments
 from peftserve.model.batch import Batch
-from peftserve.model.decode_batch import DecodeBatch
 from peftserve.model.decoder import Decoder
 from peftserve.model.kv import KvCache
+from peftserve.model.static_batch import StaticBatch
 from peftserve.types import AdapterKind, SamplingParams
 from peftserve_kernels import dispatch
 from peftserve_kernels.capture import CaptureError, CaptureGuard
@@ -103,10 +103,10 @@ class Meta:
             lora=to_meta(driver.memory.lora),
             bottleneck=to_meta(driver.memory.bottleneck),
         )
-        self.inputs = DecodeBatch(max_rows=rows, max_context=32, page_size=4, device=META)
+        self.inputs = StaticBatch(max_tokens=rows, max_rows=rows, max_context=32, page_size=4, device=META)
 
     def batch(self) -> Batch:
-        return self.inputs.view(self.rows, lora=True, bottleneck=True)
+        return self.inputs.decode_view(self.rows, lora=True, bottleneck=True)
 
 
 def to_meta(x: Any) -> Any:
@@ -171,7 +171,7 @@ def test_a_decode_step_can_be_captured(base_folder: Path, target: Any) -> None:
 def test_the_guard_finds_what_is_planted(base_folder: Path, planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = Meta(base_folder, rows=2)
     honest = meta.decoder.logits
-    monkeypatch.setattr(meta.decoder, "logits", lambda stream: planted(honest(stream)))
+    monkeypatch.setattr(meta.decoder, "logits", lambda stream, rows: planted(honest(stream, rows)))
     batch = meta.batch()
     with torch.inference_mode(), recording(TARGETS[1]), CaptureGuard(), pytest.raises(CaptureError):
         meta.decoder.step(batch)

@@ -31,6 +31,7 @@ def residual_add(residual: Tensor, hidden: Tensor, in_place: bool) -> Tensor:
     """See `peftserve_kernels.residual_add`. Raises ValueError when residual is not contiguous."""
     if not residual.is_contiguous():
         raise ValueError(f"residual: must be contiguous, got strides {list(residual.stride())}")
+    rows, columns = hidden.shape
     hidden = hidden.contiguous()
     y = residual if in_place else empty(residual.shape, torch.float32)
     ops.residual_add(
@@ -38,7 +39,8 @@ def residual_add(residual: Tensor, hidden: Tensor, in_place: bool) -> Tensor:
         hidden.data_ptr(),
         y.data_ptr(),
         DTYPES[hidden.dtype],
-        hidden.numel(),
+        rows,
+        columns,
         threads(),
     )
     return y

@@ -11,7 +11,7 @@ from peftserve_kernels.cpu.threads import threads
 def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
     """See `peftserve_kernels.linear_logits`. The bits of a row of logits depend on that row of x alone."""
     (rows, columns), outputs = x.shape, weight.shape[0]
-    if not x.dtype == weight.dtype == torch.bfloat16:
+    if x.dtype != weight.dtype:
         x = x.float()
     x, weight = x.contiguous(), weight.contiguous()
     logits = empty((rows, outputs), torch.float32)

@@ -70,6 +70,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         kv_memory,
         memory,
         max_context=max_model_len,
+        max_tokens=config.max_batch_tokens,
         max_rows=0 if config.eager else config.max_num_seqs,
         int8_activations=config.int8_activations,
     )

@@ -75,6 +75,7 @@ def run(core: EngineCore, channel: EngineChannel) -> int:
         commands = channel.receive(patience)
         if patience == _REST_S and not commands:
             memory.release_freed()
+            memory.drop_library_pages()
             is_rested = True
             continue
         for command in commands:

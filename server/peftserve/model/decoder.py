@@ -69,11 +69,12 @@ class Decoder:
 
     def step(self, batch: Batch) -> torch.Tensor:
         """All of a step up to the draw: logits float32 [B, vocab] of the B rows that sample."""
-        stream = self.forward(batch)
-        return self.logits(stream if batch.sample_rows is None else stream[batch.sample_rows])
+        return self.logits(self.forward(batch), batch.sample_rows)
 
-    def logits(self, stream: torch.Tensor) -> torch.Tensor:
-        """Final norm and output head over rows of the stream [B, hidden]: float32 [B, vocab]."""
+    def logits(self, stream: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Final norm and output head: float32 [B, vocab] of `rows` (int64 [B]) of the stream, None for all of them."""
+        if rows is not None:
+            stream = embedding(rows, stream)
         x = rms_norm(stream, self._weights.norm, self._spec.rms_norm_eps, self._dtype)
         return linear_logits(x, self._weights.head)
 

@@ -7,9 +7,8 @@ from peftserve.engine.sampler import sample_rows
 from peftserve.errors import InternalError
 from peftserve.model.adapter_memory import DeviceAdapterMemory
 from peftserve.model.batch import build_batch
-from peftserve.model.decode_batch import DecodeBatch
 from peftserve.model.decoder import Decoder
-from peftserve.model.graphs import StepGraphs, is_decode, make_graphs
+from peftserve.model.graphs import make_graphs
 from peftserve.model.kv import KvCache
 from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import ModelWeights
@@ -19,8 +18,9 @@ from peftserve_kernels.copy_pages import copy_pages
 class Runner:
     """The decoder on its KV cache and its adapters.
 
-    `max_context` bounds positions, virtual tokens included. Steps that decode one token each of up to `max_rows`
-    sequences are captured and replayed where the device can; with 0 rows none are. `int8_activations` as the decoder's.
+    `max_context` bounds positions, virtual tokens included. Steps of up to `max_tokens` new tokens of up to `max_rows`
+    sequences are captured and replayed, as far as the device can; with 0 rows none are. `int8_activations` as the
+    decoder's.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Runner:
         adapters: DeviceAdapterMemory,
         *,
         max_context: int,
+        max_tokens: int,
         max_rows: int,
         int8_activations: bool = False,
     ) -> None:
@@ -46,14 +47,15 @@ class Runner:
             bottleneck=adapters.bottleneck,
             int8_activations=int8_activations,
         )
-        self._max_rows = max_rows
-        self._graphs: StepGraphs | None = None
-        if max_rows:
-            inputs = DecodeBatch(
-                max_rows=max_rows, max_context=max_context, page_size=kv.page_size, device=self._device
+        with torch.inference_mode():
+            self._graphs = make_graphs(
+                self._decoder,
+                self._device,
+                max_tokens=max_tokens,
+                max_rows=max_rows,
+                max_context=max_context,
+                page_size=kv.page_size,
             )
-            with torch.inference_mode():
-                self._graphs = make_graphs(self._decoder, inputs, self._device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -67,13 +69,13 @@ class Runner:
         for copy in plan.page_copies:
             copy_pages(self._kv.layers, copy.src, copy.dst, copy.num_tokens)
         sampling = [(row.request_id, row.sample) for row in plan.rows if row.sample is not None]
-        if self._graphs is not None and len(plan.rows) <= self._max_rows and is_decode(plan):
+        if self._graphs is not None and self._graphs.holds(plan):
             logits = self._graphs.run(plan)
         else:
             batch = build_batch(plan, self._kv.page_size, self._device)
+            stream = self._decoder.forward(batch)
             if not sampling:
-                self._decoder.forward(batch)
                 return StepResult(plan.step, {})
-            logits = self._decoder.step(batch)
+            logits = self._decoder.logits(stream, batch.sample_rows)
         tokens = sample_rows(logits, [spec for _, spec in sampling])
         return StepResult(plan.step, {request: token for (request, _), token in zip(sampling, tokens, strict=True)})
