@@ -15,7 +15,7 @@ PACKAGES = {
 }
 
 # For each part (longest match wins): the parts of ours that it may import, beside itself.
-LEAVES = {"peftserve", "peftserve.types", "peftserve.errors", "peftserve.config"}
+LEAVES = {"peftserve", "peftserve.types", "peftserve.errors", "peftserve.config", "peftserve.log"}
 SPEC = {"peftserve.model.spec"}
 ALLOWED: dict[str, set[str]] = {
     "peftserve": set(),
@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.errors": {"peftserve.types"},
     "peftserve.config": {"peftserve.errors"},
     "peftserve.settings": LEAVES,
-    "peftserve.log": LEAVES,
+    "peftserve.log": {"peftserve.memory"},
     "peftserve.memory": set(),
     "peftserve.metrics": LEAVES | {"peftserve.engine.messages"},
     "peftserve.text": LEAVES,

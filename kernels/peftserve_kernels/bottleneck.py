@@ -15,6 +15,7 @@ from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select, triton_op
 from peftserve_kernels.rank_pages import read_rank_rows
 from peftserve_kernels.segments import Segments
+from peftserve_kernels.zeros import zeros
 
 NUM_SITES: Final = 2
 
@@ -84,20 +85,16 @@ class BottleneckWeights:
     ) -> "BottleneckWeights":
         """An arena of `elements` values and tables in which no slot holds an adapter (width 0 everywhere)."""
         table = (slots, layers, NUM_SITES)
-
-        def zeros(*shape: int, kind: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=kind, device=device)
-
         return cls(
-            arena=zeros(elements, kind=dtype),
-            width=zeros(*table, kind=torch.int32),
-            scale=zeros(*table, kind=torch.float32),
-            down_page=zeros(*table, pages, kind=torch.int64),
-            up_page=zeros(*table, pages, kind=torch.int64),
-            down_bias=zeros(*table, kind=torch.int64),
-            up_bias=zeros(*table, kind=torch.int64),
-            activation=zeros(slots, kind=torch.int32),
-            input_mode=zeros(slots, kind=torch.int32),
+            arena=zeros((elements,), dtype, device),
+            width=zeros(table, torch.int32, device),
+            scale=zeros(table, torch.float32, device),
+            down_page=zeros((*table, pages), torch.int64, device),
+            up_page=zeros((*table, pages), torch.int64, device),
+            down_bias=zeros(table, torch.int64, device),
+            up_bias=zeros(table, torch.int64, device),
+            activation=zeros((slots,), torch.int32, device),
+            input_mode=zeros((slots,), torch.int32, device),
         )
 
 

@@ -12,6 +12,7 @@ from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select, triton_op
 from peftserve_kernels.rank_pages import read_rank_rows
 from peftserve_kernels.segments import Segments
+from peftserve_kernels.zeros import zeros
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,12 +61,12 @@ class LoraWeights:
         """An arena of `elements` values and tables in which no slot holds an adapter (rank 0 everywhere)."""
         table = (slots, layers, targets)
         return cls(
-            arena=torch.zeros(elements, dtype=dtype, device=device),
-            rank=torch.zeros(table, dtype=torch.int32, device=device),
-            scale=torch.zeros(table, dtype=torch.float32, device=device),
+            arena=zeros((elements,), dtype, device),
+            rank=zeros(table, torch.int32, device),
+            scale=zeros(table, torch.float32, device),
             row_scale=torch.full(table, -1, dtype=torch.int64, device=device),
-            a_page=torch.zeros((*table, pages), dtype=torch.int64, device=device),
-            b_page=torch.zeros((*table, pages), dtype=torch.int64, device=device),
+            a_page=zeros((*table, pages), torch.int64, device),
+            b_page=zeros((*table, pages), torch.int64, device),
         )
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-import structlog
 import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
@@ -42,7 +41,7 @@ from peftserve.model.config_reader import read_spec
 from peftserve.model.prepare import find_prepared, prepare
 from peftserve.text.tokenizer import Tokenizer
 
-logger = structlog.get_logger(__name__)
+logger = log.get_logger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -60,6 +59,7 @@ class Addresses:
 
 def run(config: Config, ready: Callable[[Addresses], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigurationError` and its kin if the server cannot start."""
+    memory.share_one_heap()
     uvloop.run(serve(config, ready))
 
 

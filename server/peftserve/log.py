@@ -1,10 +1,18 @@
-"""Structured logs on standard error. A leaf; both processes call `configure` once, at their start."""
+"""Structured logs on standard error. A leaf; both processes call `configure` once, at their start.
+
+structlog is imported here alone, and without rich, which it would load for pretty tracebacks: 4 MB in each process.
+"""
 
 import logging
 import sys
 from typing import Any, Literal
 
-import structlog
+from peftserve import memory
+
+with memory.spared("rich"):
+    import structlog
+
+get_logger = structlog.get_logger
 
 
 def configure(level: str = "info", format: Literal["console", "json"] | str = "console") -> None:  # noqa: A002
@@ -21,9 +29,10 @@ def configure(level: str = "info", format: Literal["console", "json"] | str = "c
         )
         renderer = structlog.processors.JSONRenderer()
     else:
-        # Without local variables: they hold prompts, which are not for the log.
-        traceback = structlog.dev.RichTracebackFormatter(show_locals=False)
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=traceback)
+        # Plain tracebacks: pretty ones show local variables, which hold prompts and are not for the log.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

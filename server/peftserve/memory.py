@@ -1,21 +1,51 @@
-"""Memory that a process has but does not need, back to the system. A leaf. Without Linux and glibc nothing happens."""
+"""Memory that a process does not need: not taken, or given back to the system. A leaf.
+
+Giving back takes Linux and glibc; elsewhere nothing happens.
+"""
 
 import ctypes
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 _MADV_DONTNEED: Final = 4  # of <sys/mman.h>
+_M_ARENA_MAX: Final = -8  # of <malloc.h>
 _SMAPS: Final = Path("/proc/self/smaps")
 # "7f0e40000000-7f0e40021000 r-xp 00000000 fe:01 1234   /usr/lib/libc.so.6", then lines such as "Anonymous:   0 kB"
 _MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \d+\s*(.*)")
 _LIBRARY: Final = re.compile(r"\.so(\.[0-9.]+)?$")
 
 
+@contextmanager
+def spared(module: str) -> Iterator[None]:
+    """In this block `module` is empty to whoever imports it: for a part of a library that it has no use for here."""
+    stub = ModuleType(module)
+    if sys.modules.setdefault(module, stub) is not stub:
+        yield  # it is there already
+        return
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap. To be called before there are others.
+
+    glibc gives a thread that finds the heap in use another one for good, and what is free in one is lost to the rest.
+    Here mostly one thread runs at a time anyway, so that they seldom wait for each other.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
 def drop_library_pages() -> None:
-    """Let go of the code and constants of shared libraries, which stay in the system's cache.
+    """Let go of the code and constants of shared libraries, which stay in the system's cache. Takes ten milliseconds.
 
     Starting touches most of them, serving few: those come back, page by page, as they are used.
     """

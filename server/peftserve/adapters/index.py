@@ -10,15 +10,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
-import structlog
 from sqlalchemy import event
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
 from peftserve.adapters.manifest import AdapterManifest, AdapterRecord
 from peftserve.errors import ConfigurationError, ConflictError, UnavailableError
+from peftserve.log import get_logger
 from peftserve.types import AdapterKind
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 SCHEMA_VERSION = 1
 CheckPins = Callable[[Collection[AdapterRecord]], None]

@@ -2,11 +2,10 @@
 
 import time
 
-import structlog
-
+from peftserve.log import get_logger
 from peftserve.metrics import Metrics
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class StallWatch:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import torch
 import typer
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -26,8 +25,9 @@ from transformers import (
 from peftserve.demo.attached import Attached, attach_new, attach_saved
 from peftserve.demo.evaluate import accuracy, encode_prompt
 from peftserve.demo.tasks import TASKS, Example, Task, examples
+from peftserve.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 IGNORED_LABEL = -100
 
 

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
-
 from peftserve.config import EngineConfig
 from peftserve.engine import channel
 from peftserve.engine.messages import (
@@ -31,9 +29,10 @@ from peftserve.engine.messages import (
     Update,
 )
 from peftserve.errors import EngineDeadError, PeftserveError, UnavailableError, from_info
+from peftserve.log import get_logger
 from peftserve.types import AdapterKind, AdapterRef, EngineRequest, FinishReason, TokenEvent
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _PING_S = 2.0
 _STOP_S = 5.0

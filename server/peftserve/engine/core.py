@@ -3,8 +3,6 @@
 import time
 from typing import Protocol
 
-import structlog
-
 from peftserve.engine.adapter_cache import AdapterCache
 from peftserve.engine.kv_cache import KvPageManager
 from peftserve.engine.messages import (
@@ -19,8 +17,9 @@ from peftserve.engine.messages import (
 from peftserve.engine.plan import StepPlan, StepResult
 from peftserve.engine.scheduler import Scheduler
 from peftserve.errors import InternalError
+from peftserve.log import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Runner(Protocol):

@@ -85,16 +85,17 @@ def _row_penalties(spec: SampleSpec, vocab: int) -> RowPenalties | None:
 
 def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     params = [spec.params for spec in specs]
-    temperatures = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
-    device = logits.device
-    numbers = uniforms([spec.seed for spec in specs], [spec.position for spec in specs])
+
+    def column(values: Sequence[float] | npt.NDArray[np.float64], dtype: type[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype)).to(logits.device)
+
     picked: list[int] = sample(
         logits,
-        torch.tensor(temperatures, dtype=torch.float32, device=device),
-        torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
-        torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        torch.from_numpy(numbers).to(device),
+        column([p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params], np.float32),
+        column([p.top_k for p in params], np.int32),
+        column([p.top_p for p in params], np.float32),
+        column([p.min_p for p in params], np.float32),
+        column(uniforms([spec.seed for spec in specs], [spec.position for spec in specs]), np.float64),
     ).tolist()
     return picked
 

@@ -14,6 +14,7 @@ Format: `QuantState.as_dict` in bitsandbytes/functional.py. Double quantisation:
 import logging
 import math
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated, Any
 
 import msgspec
@@ -70,6 +71,8 @@ def _bitsandbytes() -> Any:
     # On CPUs with AVX512_BF16 it warns at import that a matmul kernel of another package is absent; only its quantiser
     # is used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Its ops bring in torch's compiler, and that needs what the engine process spares the import of torch.
+    import_module("torch._meta_registrations")
     from bitsandbytes import functional
 
     return functional

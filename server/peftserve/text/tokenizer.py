@@ -24,8 +24,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         try:
-            raw = path.read_text(encoding="utf-8")
-            self.backend = tokenizers.Tokenizer.from_str(raw)
+            self.backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except OSError as error:
             raise ConfigurationError(f"cannot read the tokenizer: {error}") from error
         except Exception as error:  # tokenizers raises bare Exception on a bad file
@@ -33,14 +32,15 @@ class Tokenizer:
         # A saved tokenizer may cut or pad by itself; lengths are the server's business.
         self.backend.no_truncation()
         self.backend.no_padding()
-        parsed = json.loads(raw)
-        self.is_byte_level = _is_byte_level(parsed.get("decoder"))
+        # The whole file as Python objects would take 30 MB for a moment, and leave holes.
+        decoder = self.backend.decoder
+        self.is_byte_level = decoder is not None and _is_byte_level(json.loads(decoder.__getstate__()))
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
         config = _read_json(folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(folder, config)
-        self._max_token_bytes = _max_token_bytes(parsed) if self.is_byte_level else None
+        self._max_token_bytes = _max_token_bytes(self.backend) if self.is_byte_level else None
         self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -85,25 +85,24 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
 
-def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
+def _is_byte_level(decoder: Mapping[str, Any]) -> bool:
     """Whether decoding is GPT-2's byte table and nothing else."""
-    if decoder is None:
-        return False
     if decoder.get("type") == "Sequence":
         return len(decoder["decoders"]) == 1 and _is_byte_level(decoder["decoders"][0])
     return decoder.get("type") == "ByteLevel"
 
 
-def _max_token_bytes(tokenizer: Mapping[str, Any]) -> int | None:
+def _max_token_bytes(tokenizer: tokenizers.Tokenizer) -> int | None:
     """Bytes of text that one token of a byte-level vocabulary can stand for at most; None where that has no bound.
 
     A normalizer may shorten the text before, and an added token may swallow all white space beside it.
     """
-    added = tokenizer.get("added_tokens") or []
-    if tokenizer.get("normalizer") is not None or any(token["lstrip"] or token["rstrip"] for token in added):
+    added = tokenizer.get_added_tokens_decoder().values()
+    if tokenizer.normalizer is not None or any(token.lstrip or token.rstrip for token in added):
         return None
     # In GPT-2's byte table a character is a byte.
-    return max((*map(len, tokenizer["model"]["vocab"]), *(len(token["content"].encode()) for token in added)))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    return max((1, *map(len, vocabulary), *(len(token.content.encode()) for token in added)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

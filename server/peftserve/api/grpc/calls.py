@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import structlog
 from google.protobuf.message import Message
 
 from peftserve.api.auth import Authenticator
 from peftserve.api.grpc.errors import to_status
 from peftserve.errors import InternalError, PeftserveError
+from peftserve.log import get_logger
 from peftserve.metrics import Metrics
 
 REQUEST_ID_KEY = "x-request-id"
@@ -23,7 +23,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DISCARD_BYTES = 64 * 2**20
 _DISCARD_S = 5.0
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

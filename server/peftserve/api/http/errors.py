@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import msgspec
-import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,8 +11,9 @@ from starlette.responses import Response
 from peftserve.api.http.endpoint import request_id_of
 from peftserve.api.status import status_of
 from peftserve.errors import InternalError, PeftserveError
+from peftserve.log import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _ROUTING = {404: "route_not_found", 405: "method_not_allowed"}
 
