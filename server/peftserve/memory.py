@@ -23,10 +23,10 @@ _LIBRARY: Final = re.compile(r"\.so(\.[0-9.]+)?$")
 @contextmanager
 def spared(module: str) -> Iterator[None]:
     """In this block `module` is empty to whoever imports it: for a part of a library that it has no use for here."""
-    stub = ModuleType(module)
-    if sys.modules.setdefault(module, stub) is not stub:
-        yield  # it is there already
+    if module in sys.modules:  # what is there already stays
+        yield
         return
+    sys.modules[module] = ModuleType(module)
     try:
         yield
     finally:

@@ -38,6 +38,7 @@ def test_a_replay_computes_on_the_new_inputs_for_any_number_of_tokens() -> None:
     for tokens in (5, 1, 4, 5):
         x.normal_()
         expected = layers(x[:tokens])
+        assert not torch.equal(y[:tokens], expected)
         before = y.clone()
         tape.replay(tokens)
         torch.testing.assert_close(y[:tokens], expected, rtol=0, atol=0)
@@ -76,6 +77,16 @@ def test_memory_is_used_again_within_a_tape_and_between_tapes() -> None:
         gc.collect()
         sizes.append(memory.nbytes)
     assert sizes[0] == sizes[1] < 4 * 4 * 5 * 64 + 4096
+
+
+def test_steps_of_all_sizes_take_little_more_than_the_largest() -> None:
+    memories = TapeMemory(), TapeMemory()
+    for memory, sizes in zip(memories, ((256,), range(1, 257)), strict=True):
+        for rows in sizes:
+            with Tape(memory).recording():
+                memory.keep(layers(torch.randn(rows, 64)))
+    largest, everything = (memory.nbytes for memory in memories)
+    assert everything < 1.5 * largest
 
 
 def test_results_fill_holes_and_neighbouring_holes_become_one() -> None:
