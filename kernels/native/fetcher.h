@@ -3,18 +3,37 @@
 
 #include <cstdint>
 
+#include "nf4_format.h"
 #include "pool.h"
 #include "prefetch.h"
 #include "upcoming.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 
-// How many lines at most in a turn beside a block of few rows, and beside a tile of many. A core has so many lines on their
-// way at a time, and the weights of the product are among them (measured: more of either takes longer).
-constexpr std::int64_t kFewRowsLines = 12, kTileLines = 20;
+// The lines of a turn, to be fetched in the course of a block of columns, so many with each cell. A core has only so many
+// lines on their way at a time: of more at once it drops some, or waits (all before the block instead: 32 adapters in a
+// step of 32 take 6 % longer).
+struct TurnLines {
+  static constexpr int kCells = kBlock / kCell, kOfCell = 3;
+
+  const char* at[kCells][kOfCell];
+
+  [[gnu::always_inline]] void fetch(int cell) const {
+    for (int line = 0; line < kOfCell; ++line) __builtin_prefetch(at[cell][line], 0, kSecondLevel);
+  }
+};
 
 class Fetcher {
  public:
+  // Without large registers blocks are small, and have few lines each.
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+  static constexpr bool kSpread = true;
+  static constexpr std::int64_t kMostLines = TurnLines::kCells * TurnLines::kOfCell;
+#else
+  static constexpr bool kSpread = false;
+  static constexpr std::int64_t kMostLines = 20;
+#endif
+
   // What the calling thread has in `upcoming` (or nothing, for null), in `turns` turns, at most so many lines in each.
   Fetcher(const Upcoming* upcoming, std::int64_t turns, std::int64_t most_lines) {
     if (upcoming == nullptr) return;
@@ -23,16 +42,39 @@ class Fetcher {
     if (lines_ > most_lines) lines_ = most_lines;
   }
 
+  // A turn whose lines are fetched at once.
   [[gnu::always_inline]] void turn() {
     for (std::int64_t line = 0; line < lines_; ++line) {
       if (at_ >= end_ && !next_row()) return;
-      __builtin_prefetch(at_, 0, kSecondLevel);
-      at_ += kLine;
+      __builtin_prefetch(next_line(), 0, kSecondLevel);
     }
+  }
+
+  // A turn whose lines, kMostLines at most, are left to the caller, to be fetched before the next one; null for nothing.
+  [[gnu::always_inline]] const TurnLines* lines() {
+    if (lines_ == 0) return nullptr;
+    if constexpr (!kSpread) {
+      turn();
+      return nullptr;
+    }
+    std::int64_t line = 0;
+    for (int in_cell = 0; in_cell < TurnLines::kOfCell; ++in_cell) {
+      for (int cell = 0; cell < TurnLines::kCells; ++cell, ++line) {
+        const bool any = line < lines_ && (at_ < end_ || next_row());
+        turn_.at[cell][in_cell] = any ? next_line() : reinterpret_cast<const char*>(&turn_);  // which is at hand
+      }
+    }
+    return &turn_;
   }
 
  private:
   static constexpr std::int64_t kLine = 64;
+
+  [[gnu::always_inline]] const char* next_line() {
+    const char* line = at_;
+    at_ += kLine;
+    return line;
+  }
 
   [[gnu::noinline]] bool next_row() {
     while (row_ == rows_) {
@@ -51,6 +93,7 @@ class Fetcher {
     return true;
   }
 
+  TurnLines turn_;
   Upcoming::List list_{nullptr, 0, 0};
   Upcoming::Span span_{};
   std::int64_t row_ = 0, rows_ = 0, lines_ = 0;

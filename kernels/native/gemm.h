@@ -199,12 +199,13 @@ struct Totals {
 // totals[r, :] += scale * (block of x[r] . block of weights) for kRows rows and kGroups groups.
 //
 // Source: `prepare<kGroups>(cell)` reads what a cell needs, `weights<step, sum>(prepared, cell)` are the weights of Dot
-// that go into vector `sum` of the sums, `finish(vector, block_sum, total)` is the new total.
+// that go into vector `sum` of the sums, `finish(vector, block_sum, total)` is the new total. `lines`, unless null, are
+// fetched meanwhile.
 //
 // Never inlined: one copy serves the element types of x and y, and compiles once.
 template <class Dot, int kRows, int kGroups, class Source>
 [[gnu::noinline]] void multiply_block(const Source& source, const std::uint32_t* x, float* totals,
-                                      std::ptrdiff_t stride) {
+                                      std::ptrdiff_t stride, const TurnLines* lines) {
   constexpr int kSums = kGroups * Dot::kSums, kCount = kGroups * kVectors;
   typename Dot::Sum sums[kRows][kSums];
   unroll<kRows * kSums>([&](auto i) __attribute__((always_inline)) {
@@ -213,6 +214,7 @@ template <class Dot, int kRows, int kGroups, class Source>
 #pragma GCC unroll 1
   for (int cell = 0; cell < kBlock / kCell; ++cell) {
     const auto prepared = source.template prepare<kGroups>(cell);
+    if (lines != nullptr) lines->fetch(cell);
     unroll<Dot::kSteps>([&](auto step) __attribute__((always_inline)) {
       typename Dot::Weights weights[kSums];
       unroll<kSums>([&](auto v) __attribute__((always_inline)) {
@@ -256,32 +258,31 @@ struct TileSource {
   }
 };
 
-// One block of the rows of a chunk from `row` on: x is [rows][kUnits]. Between tiles of rows the fetcher has its turns.
+// One block of the rows of a chunk from `row` on: x is [rows][kUnits]. With each whole tile of rows the fetcher has a turn.
 template <class Dot, int kGroups, class Source>
 inline void multiply_rows(const Source& source, const std::uint32_t* x, std::int64_t row, std::int64_t rows,
                           Totals& totals, Fetcher& fetcher) {
-  const auto multiply = [&](auto count, std::int64_t row) __attribute__((always_inline)) {
+  const auto multiply = [&](auto count, std::int64_t row, const TurnLines* lines) __attribute__((always_inline)) {
     multiply_block<Dot, count.value, kGroups>(source, x + row * Dot::kUnits, totals.values + row * Totals::kStride,
-                                              Totals::kStride);
+                                              Totals::kStride, lines);
   };
   constexpr int kRows = Dot::kTileRows;
   for (; row + kRows <= rows; row += kRows) {
-    fetcher.turn();
-    multiply(Index<kRows>{}, row);
+    multiply(Index<kRows>{}, row, fetcher.lines());
   }
   if constexpr (kRows > 4) {
     if (row + 4 <= rows) {
-      multiply(Index<4>{}, row);
+      multiply(Index<4>{}, row, nullptr);
       row += 4;
     }
   }
   if constexpr (kRows > 2) {
     if (row + 2 <= rows) {
-      multiply(Index<2>{}, row);
+      multiply(Index<2>{}, row, nullptr);
       row += 2;
     }
   }
-  if (row < rows) multiply(Index<1>{}, row);
+  if (row < rows) multiply(Index<1>{}, row, nullptr);
 }
 
 // Totals of `rows` rows and `groups` groups, plus bias, to y[:, column ...] of a matrix with `outputs` columns.

@@ -48,6 +48,10 @@ struct UnitOrder {
 
 // Packed weights: words [group][block][kBlock / kCell][kGroup], scales [group][block][kGroup].
 struct PackedBlocks {
+  struct Place {
+    std::int64_t group, block;
+  };
+
   const std::uint32_t* all_words;
   const float* all_scales;
   std::int64_t groups, blocks;
@@ -61,23 +65,16 @@ struct PackedBlocks {
     return all_scales + (group * blocks + block) * kGroup;
   }
 
-  // Fetches what comes `distance` blocks after this one where kGroups groups are read side by side, and then the next as
-  // many; kLocality as of __builtin_prefetch. Inlined, since GCC takes a function that only prefetches for one without
-  // effect.
-  template <int kGroups, int kLocality = kFirstLevel>
-  [[gnu::always_inline]] void fetch_ahead(std::int64_t group, std::int64_t block, std::int64_t distance) const {
-    block += distance;
-    if (block >= blocks) {
-      block -= blocks;
-      group += kGroups;
+  // The block `distance` after this one where kGroups groups are read side by side, and then the next as many; where
+  // there is none, this one.
+  template <int kGroups>
+  Place after(std::int64_t group, std::int64_t block, std::int64_t distance) const {
+    Place next{group, block + distance};
+    if (next.block >= blocks) {
+      next.block -= blocks;
+      next.group += kGroups;
     }
-    if (block >= blocks || group + kGroups > groups) return;
-    for (int g = 0; g < kGroups; ++g) {
-      for (int cell = 0; cell < kBlock / kCell; ++cell) {
-        __builtin_prefetch(words(group + g, block) + cell * kGroup, 0, kLocality);
-      }
-      __builtin_prefetch(scales(group + g, block), 0, kLocality);
-    }
+    return next.block >= blocks || next.group + kGroups > groups ? Place{group, block} : next;
   }
 };
 

@@ -32,6 +32,11 @@ struct Fused<ShortDot> {
 };
 #endif
 
+// Up to so many rows wait for memory more than they compute. Then they fetch only so many lines beside a block: the weights
+// are on their way too (measured on Zen 5: twice as many make a step of one stream 1 % longer, and of 8 streams 5 % shorter).
+constexpr int kWaitingRows = 4;
+constexpr std::int64_t kWaitingLines = 12;
+
 template <class Dot>
 typename Dot::Levels levels();
 template <>
@@ -71,14 +76,16 @@ ByteDot::Levels levels<ByteDot>() {
 }
 #endif
 
-// Weights decoded on the way from memory to the product.
-template <class Dot>
+// Weights decoded on the way from memory to the product. With each cell of a block the same cell of one that comes later is
+// fetched, to the cache of kLocality.
+template <class Dot, int kLocality = kFirstLevel>
 struct PackedSource {
   const std::uint32_t* words;
   std::ptrdiff_t word_stride;  // between groups
   const float* scales;
   std::ptrdiff_t scale_stride;
   typename Dot::Levels levels;
+  const std::uint32_t* next_words;  // of the block to be fetched, its groups as far apart
 
   template <int kGroups>
   struct Cell {
@@ -87,6 +94,9 @@ struct PackedSource {
   template <int kGroups>
   Cell<kGroups> prepare(int cell) const {
     Cell<kGroups> prepared;
+    unroll<kGroups>([&](auto g) __attribute__((always_inline)) {
+      __builtin_prefetch(next_words + g.value * word_stride + std::ptrdiff_t{cell} * kGroup, 0, kLocality);
+    });
     unroll<kGroups * kVectors>([&](auto v) __attribute__((always_inline)) {
       prepared.words[v.value] = load_words(words + (v.value / kVectors) * word_stride + std::ptrdiff_t{cell} * kGroup +
                                            (v.value % kVectors) * kLanes);
@@ -202,9 +212,14 @@ class Product {
     chunk(units, first, rows, begin, end);
   }
 
-  PackedSource<Dot> source(std::int64_t group, std::int64_t block) const {
+  // With what comes `distance` blocks later to be fetched meanwhile.
+  template <int kGroups, int kLocality = kFirstLevel>
+  [[gnu::always_inline]] PackedSource<Dot, kLocality> source(std::int64_t group, std::int64_t block,
+                                                             std::int64_t distance) const {
+    const auto next = packed_.after<kGroups>(group, block, distance);
+    for (int g = 0; g < kGroups; ++g) __builtin_prefetch(packed_.scales(next.group + g, next.block), 0, kLocality);
     return {packed_.words(group, block), packed_.group_words(), packed_.scales(group, block), packed_.group_scales(),
-            levels_};
+            levels_, packed_.words(next.group, next.block)};
   }
 
   template <int kRows>
@@ -213,7 +228,8 @@ class Product {
       auto* units = scratch<std::uint32_t>(unit_count(kRows));
       pack(0, kRows, 0, kRows, units);
       constexpr int kGroups = Fused<Dot>::groups(kRows);
-      Fetcher fetcher(args_.upcoming, (end - begin) / kGroups * blocks_, kFewRowsLines);
+      Fetcher fetcher(args_.upcoming, (end - begin) / kGroups * blocks_,
+                      kRows <= kWaitingRows ? kWaitingLines : Fetcher::kMostLines);
       std::int64_t group = begin;
       for (; group + kGroups <= end; group += kGroups) fused<kRows, kGroups>(units, group, fetcher);
       if constexpr (kGroups >= 4) {
@@ -230,10 +246,10 @@ class Product {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     alignas(64) float totals[kRows * kStride] = {};
     for (std::int64_t block = 0; block < blocks_; ++block) {
-      // One group alone the hardware follows. Up to four rows wait for memory more than they compute.
-      packed_.fetch_ahead<kGroups, kRows <= 4 ? kSecondLevel : kFirstLevel>(group, block, kGroups > 1 ? kAhead : blocks_);
-      fetcher.turn();
-      multiply_block<Dot, kRows, kGroups>(source(group, block), units + block * kRows * Dot::kUnits, totals, kStride);
+      // One group alone the hardware follows.
+      constexpr int kLocality = kRows <= kWaitingRows ? kSecondLevel : kFirstLevel;
+      const auto packed = source<kGroups, kLocality>(group, block, kGroups > 1 ? kAhead : blocks_);
+      multiply_block<Dot, kRows, kGroups>(packed, units + block * kRows * Dot::kUnits, totals, kStride, fetcher.lines());
     }
     store_totals(totals, kStride, kRows, group * kGroup, kGroups, args_.bias, y_, args_.outputs);
   }
@@ -241,7 +257,7 @@ class Product {
   void chunk(const std::uint32_t* units, std::int64_t first, std::int64_t rows, std::int64_t begin,
              std::int64_t end) const {
     const std::int64_t tiles = (end - begin) / kTileGroups * blocks_;
-    Fetcher fetcher(first == 0 ? args_.upcoming : nullptr, tiles * (rows / Tiled::kTileRows), kTileLines);
+    Fetcher fetcher(first == 0 ? args_.upcoming : nullptr, tiles * (rows / Tiled::kTileRows), Fetcher::kMostLines);
     std::int64_t group = begin;
     for (; group + kTileGroups <= end; group += kTileGroups) tiled<kTileGroups>(units, first, rows, group, fetcher);
     for (; group < end; ++group) tiled<1>(units, first, rows, group, fetcher);
@@ -254,9 +270,8 @@ class Product {
     Totals totals;
     std::memset(totals.values, 0, static_cast<std::size_t>(rows * Totals::kStride) * sizeof(float));
     for (std::int64_t block = 0; block < blocks_; ++block) {
-      packed_.fetch_ahead<kGroups>(group, block, 1);
       fetch_outputs<kGroups>(first + rows * block / blocks_, first + rows * (block + 1) / blocks_, group);
-      const PackedSource<Dot> packed = source(group, block);
+      const PackedSource<Dot> packed = source<kGroups>(group, block, 1);
       const std::uint32_t* x = units + block * rows * Dot::kUnits;
       const std::int64_t row = decode_and_multiply<kGroups>(packed, x, rows, tile, totals, fetcher);
       const TileSource<Tiled> decoded{tile.words, packed.scales, packed.scale_stride};
@@ -273,9 +288,8 @@ class Product {
                                           Tile<Tiled>& tile, Totals& totals, Fetcher& fetcher) {
     if constexpr (std::is_same_v<Dot, Tiled>) {
       if (rows >= Dot::kTileRows) {
-        fetcher.turn();
         multiply_block<Dot, Dot::kTileRows, kGroups>(KeepingSource<Dot>{packed, tile.words}, x, totals.values,
-                                                     Totals::kStride);
+                                                     Totals::kStride, fetcher.lines());
         return Dot::kTileRows;
       }
     }

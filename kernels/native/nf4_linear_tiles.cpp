@@ -18,6 +18,7 @@ namespace {
 constexpr int kHalves = kBlock / kTileColumns;
 constexpr int kRowWords = kBlock / 2;  // of a block of x
 constexpr int kMostGroups = 4;         // side by side
+constexpr std::int64_t kTurnLines = 10;  // fetched beside a tile, which takes little time (measured: more take longer)
 constexpr int kSums = 0, kRows = kMostGroups, kPairs = kRows + kHalves;  // tile registers; two of kPairs, in turn
 
 // Sixteen bfloat16 levels, for look_up_shorts.
@@ -74,7 +75,7 @@ class TileProduct {
     const TileShapes shapes(kPairs, chunk.height);
     Work work;
     const std::int64_t turns = (end - begin) / 4 * blocks_ * chunk.tiles;
-    Fetcher fetcher(chunk.first == 0 ? args_.upcoming : nullptr, turns, kTileLines / 2);  // a tile takes less time here
+    Fetcher fetcher(chunk.first == 0 ? args_.upcoming : nullptr, turns, kTurnLines);
     std::int64_t group = begin;
     for (; group + 4 <= end; group += 4) multiply_groups<4>(chunk, group, work, fetcher);
     for (; group + 2 <= end; group += 2) multiply_groups<2>(chunk, group, work, fetcher);
@@ -112,6 +113,16 @@ class TileProduct {
   }
 
   template <int kGroups>
+  [[gnu::always_inline]] void fetch(const PackedBlocks::Place& place) const {
+    for (int g = 0; g < kGroups; ++g) {
+      for (int cell = 0; cell < kBlock / kCell; ++cell) {
+        __builtin_prefetch(packed_.words(place.group + g, place.block) + cell * kGroup, 0, kFirstLevel);
+      }
+      __builtin_prefetch(packed_.scales(place.group + g, place.block), 0, kFirstLevel);
+    }
+  }
+
+  template <int kGroups>
   [[gnu::noinline]] void multiply_groups(const Chunk& chunk, std::int64_t group, Work& work, Fetcher& fetcher) const {
     constexpr std::ptrdiff_t kStride = kGroups * kGroup;
     std::memset(work.totals, 0, static_cast<std::size_t>(chunk.padded() * kStride) * sizeof(float));
@@ -145,7 +156,7 @@ class TileProduct {
         });
         fetcher.turn();
         if (tile == 0) {  // while the tiles are multiplied
-          packed_.fetch_ahead<kGroups>(group, block, kAhead);
+          fetch<kGroups>(packed_.after<kGroups>(group, block, kAhead));
           for (int g = 0; g < kGroups && block + 1 < blocks_; ++g) {
             decode(packed_.words(group + g, block + 1), next[g][0]);
           }

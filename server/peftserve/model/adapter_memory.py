@@ -31,6 +31,7 @@ from peftserve.types import AdapterKind, AdapterRef
 from peftserve_kernels.bottleneck import BottleneckWeights
 from peftserve_kernels.lora import LoraWeights
 from peftserve_kernels.rank_pages import rank_pages
+from peftserve_kernels.zeros import zeros
 
 
 class _Slots:
@@ -78,7 +79,7 @@ class DeviceAdapterMemory:
         self._arena = Arena(arena_bytes // kv.dtype.itemsize)
         self._slots = {AdapterKind.LORA: _Slots(num_slots), AdapterKind.BOTTLENECK: _Slots(num_slots)}
         self._uploads = Uploads(self._device)
-        arena = torch.empty(self._arena.capacity, dtype=self._dtype, device=self._device)
+        arena = zeros((self._arena.capacity,), self._dtype, self._device, huge_pages=True)
         lora = LoraWeights.empty(
             elements=0,
             slots=num_slots,

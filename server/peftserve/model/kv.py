@@ -22,8 +22,8 @@ class KvCache:
         self.page_size = page_size
         self.dtype = dtype
         shape = (spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
-        self.k = zeros(shape, dtype, device)
-        self.v = zeros(shape, dtype, device)
+        self.k = zeros(shape, dtype, device, huge_pages=True)
+        self.v = zeros(shape, dtype, device, huge_pages=True)
         self.layers: tuple[LayerCache, ...] = tuple(zip(self.k.unbind(), self.v.unbind(), strict=True))
 
     @property
