@@ -22,8 +22,8 @@ def zeros(
     nbytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or not nbytes:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has other rules for them
-    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):  # which shared memory has by other rules, mostly not at all
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
