@@ -36,9 +36,11 @@ class Fetcher {
 
   // What the calling thread has in `upcoming` (or nothing, for null), in `turns` turns, at most so many lines in each.
   Fetcher(const Upcoming* upcoming, std::int64_t turns, std::int64_t most_lines) {
-    if (upcoming == nullptr) return;
-    list_ = upcoming->of(Pool::thread());
-    lines_ = turns > 0 ? (list_.lines + turns - 1) / turns : 0;
+    if (upcoming == nullptr || turns == 0) return;
+    upcoming_ = upcoming;
+    thread_ = Pool::thread();
+    const std::int64_t lines = upcoming->lines(thread_);
+    lines_ = (lines + turns - 1) / turns;
     if (lines_ > most_lines) lines_ = most_lines;
   }
 
@@ -77,15 +79,12 @@ class Fetcher {
   }
 
   [[gnu::noinline]] bool next_row() {
-    while (row_ == rows_) {
-      if (list_.count == 0) {
+    if (row_ == span_.count) {
+      if (!upcoming_->next(thread_, place_, span_)) {
         lines_ = 0;
         return false;
       }
-      span_ = *list_.spans++;
-      --list_.count;
       row_ = 0;
-      rows_ = span_.count;
     }
     const char* at = static_cast<const char*>(span_.at) + row_++ * span_.stride;
     end_ = at + span_.bytes;
@@ -94,9 +93,11 @@ class Fetcher {
   }
 
   TurnLines turn_;
-  Upcoming::List list_{nullptr, 0, 0};
-  Upcoming::Span span_{};
-  std::int64_t row_ = 0, rows_ = 0, lines_ = 0;
+  const Upcoming* upcoming_ = nullptr;
+  int thread_ = 0;
+  Upcoming::Place place_;
+  Span span_{};
+  std::int64_t row_ = 0, lines_ = 0;
   const char* at_ = nullptr;
   const char* end_ = nullptr;
 };

@@ -26,7 +26,7 @@ const Ops& avx512_bf16_ops() {
     Ops all = avx512_vnni::kOps;
     all.linear_logits = avx512_bf16::linear_logits;
     all.lora_add = avx512_bf16::lora_add;
-    all.lora_reads = avx512_bf16::lora_reads;
+    all.plan_lora = avx512_bf16::plan_lora;
     return all;
   }();
   return ops;

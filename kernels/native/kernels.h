@@ -17,7 +17,7 @@ void paged_attention(const PagedAttention& args);
 void lora_add(const LoraAdd& args);
 void bottleneck_add(const BottleneckAdd& args);
 void sample(const Sample& args);
-void lora_reads(const LoraAdd& args, Upcoming& upcoming);
-void attention_reads(const PagedAttention& args, Upcoming& upcoming);
+void plan_lora(const LoraAdd& args, LoraPlan& plan);
+void plan_attention(const PagedAttention& args, AttentionPlan& plan);
 
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -9,6 +9,7 @@
 
 #include "dtypes.h"
 #include "prefetch.h"
+#include "rank_pages.h"
 #include "scratch.h"
 #include "sums.h"
 #include "unroll.h"
@@ -16,7 +17,6 @@
 
 namespace peftserve::PEFTSERVE_ISA {
 
-constexpr int kRankPage = 8;              // rank rows in a page
 constexpr int kRankTile = 4;              // rank rows side by side in registers
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
 constexpr int kTokenTile = 4;

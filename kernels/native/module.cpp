@@ -116,8 +116,8 @@ NB_MODULE(_native, m) {
          PagedAttention{at<void>(q), at<void>(out), at<void>(k_cache), at<void>(v_cache),
                         at<std::int32_t>(block_tables), at<std::int32_t>(query_start), at<std::int32_t>(context_len),
                         static_cast<Dtype>(dtype), static_cast<Dtype>(cache_dtype), tokens, sequences, max_blocks,
-                        num_heads, num_kv_heads, head_dim, page_size, window, scale, threads},
-         current->attention_reads, 2);  // more than there is time for beside one product
+                        num_heads, num_kv_heads, head_dim, page_size, window, scale, threads, nullptr},
+         current->plan_attention, 2);  // more than there is time for beside one product
   });
   m.def("lora_add", [](Address y, Address x, Address start, Address slot, Address arena, Address rank, Address scale,
                        Address row_scale, Address a_page, Address b_page, nb::handle slices, int dtype,
@@ -127,9 +127,9 @@ NB_MODULE(_native, m) {
     LoraAdd args{at<void>(y), at<void>(x), at<std::int32_t>(start), at<std::int32_t>(slot), at<void>(arena),
                  at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(row_scale), at<std::int64_t>(a_page),
                  at<std::int64_t>(b_page), {}, static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype), tokens,
-                 columns, y_stride, segments, 0, layer, layers, targets, pages, threads};
+                 columns, y_stride, segments, 0, layer, layers, targets, pages, threads, nullptr};
     read_slices(slices, args);
-    call(current->lora_add, args, current->lora_reads);
+    call(current->lora_add, args, current->plan_lora, 1);
   });
   m.def("bottleneck_add", [](Address stream, Address hidden, Address residual, Address start, Address slot,
                              Address arena, Address width, Address scale, Address down_page, Address up_page,

@@ -18,8 +18,8 @@ const Ops kOps{
     .lora_add = lora_add,
     .bottleneck_add = bottleneck_add,
     .sample = sample,
-    .lora_reads = lora_reads,
-    .attention_reads = attention_reads,
+    .plan_lora = plan_lora,
+    .plan_attention = plan_attention,
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
     .int8_inputs = true,
 #else

@@ -10,6 +10,9 @@
 
 namespace peftserve {
 
+class AttentionPlan;
+class LoraPlan;
+
 struct Nf4Linear {
   const void* x;                // [rows, columns] of `dtype`
   void* y;                      // [rows, outputs] of `dtype`
@@ -104,6 +107,7 @@ struct PagedAttention {
   std::int64_t window;  // 0 for none
   float scale;
   int threads;
+  const AttentionPlan* plan;  // made for just these arguments; or null
 };
 
 struct LoraAdd {
@@ -125,6 +129,7 @@ struct LoraAdd {
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, y_stride, segments, slices, layer, layers, targets, pages;
   int threads;
+  const LoraPlan* plan;  // made for just these arguments; or null
 };
 
 struct BottleneckAdd {
@@ -172,9 +177,9 @@ struct Ops {
   void (*lora_add)(const LoraAdd&);
   void (*bottleneck_add)(const BottleneckAdd&);
   void (*sample)(const Sample&);
-  // What the op of these arguments will read of the memory, by thread. Its inputs need not be there yet, its tables must.
-  void (*lora_reads)(const LoraAdd&, Upcoming&);
-  void (*attention_reads)(const PagedAttention&, Upcoming&);
+  // Who will compute what. The inputs of the op need not be there yet, its tables must, and stay until it has run.
+  void (*plan_lora)(const LoraAdd&, LoraPlan&);
+  void (*plan_attention)(const PagedAttention&, AttentionPlan&);
   bool int8_inputs;  // whether nf4_linear has them
 };
 
@@ -187,7 +192,7 @@ void linear_logits(const LinearLogits& args);
 namespace avx512_bf16 {
 void linear_logits(const LinearLogits& args);
 void lora_add(const LoraAdd& args);
-void lora_reads(const LoraAdd& args, Upcoming& upcoming);
+void plan_lora(const LoraAdd& args, LoraPlan& plan);
 }  // namespace avx512_bf16
 namespace avx512_vnni {
 extern const Ops kOps;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "attention_plan.h"
 #include "dtypes.h"
 #include "kernels.h"
 #include "math.h"
@@ -37,14 +38,6 @@ constexpr int pass(int rows) { return rows == 1 ? 8 : rows == 4 ? 2 : 4; }
 constexpr int kTile = 2;
 constexpr int pass(int) { return 4; }
 #endif
-
-struct Task {
-  std::int64_t token;     // of the flat batch, the first query's
-  std::int64_t position;  // of that query in its sequence
-  std::int64_t queries;
-  std::int64_t sequence;
-  std::int64_t kv_head;
-};
 
 // Positions first .. end of a block.
 struct Range {
@@ -82,71 +75,17 @@ class Attention {
     for (int i = 0; i < kKeys; ++i) positions_[i] = static_cast<float>(i);
   }
 
-  void run() {
-    plan();
-    parallel_shares(team_, bounds_, [&](std::int64_t group) {
-      for (std::int64_t index = group * heads_; index < (group + 1) * heads_; ++index) {
-        attend(tasks_[index], index + 1 < count_ ? &tasks_[index + 1] : nullptr);
+  void run(const AttentionPlan& plan) const {
+    const AttentionTask* tasks = plan.tasks();
+    const std::int64_t count = plan.count(), heads = plan.heads();
+    parallel_shares(plan.team(), plan.bounds(), [&](std::int64_t group) {
+      for (std::int64_t index = group * heads; index < (group + 1) * heads; ++index) {
+        attend(tasks[index], index + 1 < count ? &tasks[index + 1] : nullptr);
       }
     });
   }
 
-  // What each thread will read of the caches.
-  void tell(Upcoming& upcoming) {
-    plan();
-    for (int thread = 0; thread < team_; ++thread) {
-      for (std::int64_t index = bounds_[thread] * heads_; index < bounds_[thread + 1] * heads_; index += heads_) {
-        tell_pages(tasks_[index], thread, upcoming);
-      }
-    }
-  }
-
  private:
-  void plan() {
-    const std::int64_t block = kTaskRows > shared_ ? kTaskRows / shared_ : 1;
-    std::int64_t count = 0;
-    for (std::int64_t s = 0; s < args_.sequences; ++s) count += (queries(s) + block - 1) / block * args_.num_kv_heads;
-    static thread_local Scratch plan;
-    auto* tasks = static_cast<Task*>(plan.reserve(static_cast<std::size_t>(count) * sizeof(Task)));
-    std::int64_t at = 0, seen = 0;
-    for (std::int64_t s = 0; s < args_.sequences; ++s) {
-      const std::int64_t before = args_.context_len[s] - queries(s);
-      for (std::int64_t query = 0; query < queries(s); query += block) {
-        const std::int64_t length = queries(s) - query < block ? queries(s) - query : block;
-        seen += length * (before + query + length);
-        for (std::int64_t head = 0; head < args_.num_kv_heads; ++head) {
-          tasks[at++] = {args_.query_start[s] + query, before + query, length, s, head};
-        }
-      }
-    }
-    tasks_ = tasks;
-    count_ = count;
-    team_ = team_size(args_.threads, 2 * seen * args_.num_heads * args_.head_dim);
-    // Heads lie side by side in a page: where there are tasks enough, one thread has all of them.
-    heads_ = count / args_.num_kv_heads >= 4 * team_ ? args_.num_kv_heads : 1;
-    bounds_ = scratch<std::int64_t>(static_cast<std::size_t>(team_) + 1);
-    share(team_, count / heads_, [&](std::int64_t group) {
-      const Task& task = tasks[group * heads_];
-      return task.queries * (task.position + task.queries);
-    }, bounds_);
-  }
-
-  // The keys and values that a task of one query and those of its sequence's next heads see.
-  void tell_pages(const Task& task, int thread, Upcoming& upcoming) const {
-    constexpr auto kBytes = static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t head = args_.page_size * args_.head_dim, end = task.position + task.queries;
-    for (std::int64_t position = first_seen(task.position); position < end;) {
-      const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
-      const std::int64_t left = args_.page_size - in_page, here = left < end - position ? left : end - position;
-      const std::int64_t id = args_.block_tables[task.sequence * args_.max_blocks + page];
-      const std::int64_t at = (id * args_.num_kv_heads + task.kv_head) * head + in_page * args_.head_dim;
-      for (const T* cache : {k_, v_}) {
-        upcoming.add(thread, {cache + at, here * args_.head_dim * kBytes, head * kBytes, heads_});
-      }
-      position += here;
-    }
-  }
-
   // A block as far as a task sees it: the positions start + range, and where in the caches each of them begins.
   struct Block {
     std::int64_t start;
@@ -163,8 +102,6 @@ class Attention {
     float* total;    // [rows], of weights
   };
 
-  std::int64_t queries(std::int64_t s) const { return args_.query_start[s + 1] - args_.query_start[s]; }
-
   Memory memory(std::int64_t rows) const {
     const std::int64_t keys = stride_ * kKeys, size = rows * stride_;
     Memory work;
@@ -177,7 +114,7 @@ class Attention {
   }
 
   // Where the head of a row lies in q and out.
-  std::int64_t offset(const Task& task, std::int64_t row) const {
+  std::int64_t offset(const AttentionTask& task, std::int64_t row) const {
     return ((task.token + row / shared_) * args_.num_heads + task.kv_head * shared_ + row % shared_) * args_.head_dim;
   }
 
@@ -185,7 +122,7 @@ class Attention {
     return args_.window > 0 && position >= args_.window ? position - args_.window + 1 : 0;
   }
 
-  void attend(const Task& task, const Task* following) const {
+  void attend(const AttentionTask& task, const AttentionTask* following) const {
     const std::int64_t rows = task.queries * shared_;
     Memory work = memory(rows);
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -220,7 +157,7 @@ class Attention {
   }
 
   template <int kRows>
-  void last_rows(const Task& task, const Block& block, std::int64_t row, std::int64_t rows, const Memory& work) const {
+  void last_rows(const AttentionTask& task, const Block& block, std::int64_t row, std::int64_t rows, const Memory& work) const {
     if constexpr (kRows > 0) {
       if (rows - row == kRows) {
         tile<kRows>(task, block, row, work);
@@ -230,9 +167,9 @@ class Attention {
     }
   }
 
-  std::int64_t first_block(const Task& task) const { return first_seen(task.position) / kKeys * kKeys; }
+  std::int64_t first_block(const AttentionTask& task) const { return first_seen(task.position) / kKeys * kKeys; }
 
-  void locate(const Task& task, std::int64_t start, Block& block) const {
+  void locate(const AttentionTask& task, std::int64_t start, Block& block) const {
     block.start = start;
     block.range = within(start, first_seen(task.position), task.position + task.queries);
     std::int64_t position = start + block.range.first;
@@ -301,7 +238,7 @@ class Attention {
   }
 
   template <int kRows>
-  void tile(const Task& task, const Block& block, std::int64_t row, const Memory& work) const {
+  void tile(const AttentionTask& task, const Block& block, std::int64_t row, const Memory& work) const {
     Range seen[kRows];
     Range common{0, kKeys};
     bool any = false;
@@ -464,7 +401,7 @@ class Attention {
   }
 
   template <class Out>
-  void finish(Out* out, const Task& task, std::int64_t rows, const Memory& work) const {
+  void finish(Out* out, const AttentionTask& task, std::int64_t rows, const Memory& work) const {
     for (std::int64_t row = 0; row < rows; ++row) {
       const Vec total = broadcast(work.total[row]);
       const float* sums = work.sums + row * stride_;
@@ -489,10 +426,6 @@ class Attention {
   }
 
   const PagedAttention& args_;
-  const Task* tasks_ = nullptr;
-  std::int64_t count_ = 0, heads_ = 1;  // of tasks, and how many of them a thread takes at a time
-  int team_ = 1;
-  std::int64_t* bounds_ = nullptr;  // of each thread's
   const T* k_;
   const T* v_;
   std::int64_t shared_;       // heads that read one KV head
@@ -505,11 +438,7 @@ class Attention {
 
 }  // namespace
 
-void attention_reads(const PagedAttention& args, Upcoming& upcoming) {
-  with_type(args.cache_dtype, [&](auto element) {
-    Attention<typename decltype(element)::type>(args).tell(upcoming);
-  });
-}
+void plan_attention(const PagedAttention& args, AttentionPlan& plan) { plan.make(args, kTaskRows); }
 
 void paged_attention(const PagedAttention& args) {
   const std::int64_t row = args.num_heads * args.head_dim, used = args.query_start[args.sequences];
@@ -520,7 +449,11 @@ void paged_attention(const PagedAttention& args) {
     std::memset(static_cast<Out*>(args.out) + used * row, 0, padding * sizeof(Out));
   });
   with_type(args.cache_dtype, [&](auto element) {
-    Attention<typename decltype(element)::type>(args).run();
+    const Attention<typename decltype(element)::type> attention(args);
+    if (args.plan != nullptr) return attention.run(*args.plan);
+    AttentionPlan plan;
+    plan_attention(args, plan);
+    attention.run(plan);
   });
 }
 

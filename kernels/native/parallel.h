@@ -7,13 +7,9 @@
 
 #include "pool.h"
 #include "scratch.h"
+#include "shares.h"
 
 namespace peftserve::PEFTSERVE_ISA {
-
-// Work below this many multiply-adds (or comparable operations) is not worth a barrier: about 10 microseconds.
-constexpr std::int64_t kSerialWork = 1 << 18;
-
-inline int team_size(int threads, std::int64_t work) { return work < kSerialWork ? 1 : threads; }
 
 // body(begin, end) over a split of 0 .. count into one contiguous range a thread.
 template <class Body>
@@ -34,23 +30,6 @@ inline void parallel_phases(int threads, std::int64_t first_count, const First& 
                             const Second& second) {
   parallel_ranges(threads, first_count, first);
   parallel_ranges(threads, second_count, second);
-}
-
-// A split of 0 .. count into one contiguous range a thread, such that all cost about the same: thread t has those from
-// bounds[t] up to bounds[t + 1].
-template <class Cost>
-inline void share(int threads, std::int64_t count, const Cost& cost, std::int64_t* bounds) {
-  std::int64_t total = 0, before = 0;
-  for (std::int64_t index = 0; index < count; ++index) total += cost(index);
-  int thread = 0;
-  bounds[0] = 0;
-  for (std::int64_t index = 0; index < count; ++index) {
-    const std::int64_t here = cost(index);
-    // An index belongs to the thread in whose part of the total its middle lies.
-    while (thread + 1 < threads && (2 * before + here) * threads >= 2 * total * (thread + 1)) bounds[++thread] = index;
-    before += here;
-  }
-  while (thread < threads) bounds[++thread] = count;
 }
 
 // A thread's next index, in a cache line of its own: each takes from its own nearly always.

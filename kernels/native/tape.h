@@ -5,11 +5,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "attention_plan.h"
+#include "lora_plan.h"
 #include "ops.h"
 
 namespace peftserve {
@@ -61,6 +64,10 @@ std::int64_t sequences_of(const Args& args) {
 // read (see Upcoming).
 class Tape {
  public:
+  Tape() = default;
+  Tape(const Tape&) = delete;
+  Tape& operator=(const Tape&) = delete;
+
   // From here on calls are noted instead of made; `rows`: what they have a row for.
   void start(Rows rows) {
     rows_ = rows;
@@ -75,26 +82,22 @@ class Tape {
     if (step.tokens > most_.tokens || step.sequences > most_.sequences || step.sampled > most_.sampled) {
       throw std::invalid_argument("this tape was recorded for smaller steps");
     }
+    lora_->call = attention_->call = kNone;  // whatever became of the step before
     for (std::size_t at = 0; at < calls_.size(); ++at) {
       const std::int64_t rows = step.count(calls_[at].rows);
       if (rows == 0) continue;
       if (calls_[at].fetches) look_ahead(at + 1, step);
-      if (!calls_[at].make(rows, step.sequences, upcoming_)) return false;
+      if (!calls_[at].make(rows, step.sequences)) return false;
     }
     return true;
   }
 
-  // `reads`: what the op will read; `lead`: which product before it fetches that, the last (1) or the one before (2).
   template <class Result, class Args>
-  void add(Result (*op)(const Args&), const Args& args, void (*reads)(const Args&, Upcoming&), int lead) {
-    constexpr bool kFetches = std::is_same_v<Args, Nf4Linear>;
-    auto& most = rows_ == Rows::kTokens ? most_.tokens : most_.sampled;
-    most = std::max(most, rows_of(args));
-    most_.sequences = std::max(most_.sequences, sequences_of(args));
-    Call call{.rows = rows_, .lead = lead, .fetches = kFetches};
-    call.make = [op, args = Args(args)](std::int64_t rows, std::int64_t sequences, const Upcoming& upcoming) mutable {
+  void add(Result (*op)(const Args&), const Args& args) {
+    Call& call = note(args);
+    call.make = [this, op, args = Args(args)](std::int64_t rows, std::int64_t sequences) mutable {
       resize(args, rows, sequences);
-      if constexpr (kFetches) args.upcoming = &upcoming;
+      if constexpr (std::is_same_v<Args, Nf4Linear>) args.upcoming = &upcoming_;
       if constexpr (std::is_same_v<Result, bool>) {
         return op(args);
       } else {
@@ -102,48 +105,94 @@ class Tape {
         return true;
       }
     };
-    if (reads != nullptr) {
-      call.reads = [reads, args = Args(args)](std::int64_t rows, std::int64_t sequences, Upcoming& upcoming) mutable {
-        resize(args, rows, sequences);
-        reads(args, upcoming);
-      };
-    }
-    calls_.push_back(std::move(call));
+    call.fetches = std::is_same_v<Args, Nf4Linear>;
+  }
+
+  // An op whose work is planned; `lead`: which product before it fetches what it will read, the last (1) or the one before
+  // that (2).
+  template <class Args, class SomePlan>
+  void add(void (*op)(const Args&), const Args& args, void (*make_plan)(const Args&, SomePlan&), int lead) {
+    const std::size_t index = calls_.size();
+    PlanOf<SomePlan>* one = plan_of<SomePlan>();
+    Call& call = note(args);
+    call.lead = lead;
+    call.plan = [this, make_plan, one, index, args = Args(args)](std::int64_t rows, std::int64_t sequences) mutable {
+      if (one->call != kNone) return;  // for an op that comes before
+      resize(args, rows, sequences);
+      make_plan(args, one->plan);
+      one->call = index;
+      upcoming_.add(one->plan);
+    };
+    call.make = [op, one, index, args = Args(args)](std::int64_t rows, std::int64_t sequences) mutable {
+      resize(args, rows, sequences);
+      args.plan = one->call == index ? &one->plan : nullptr;
+      op(args);
+      if (args.plan != nullptr) one->call = kNone;
+      return true;
+    };
   }
 
   static inline Tape* recording = nullptr;
 
  private:
+  static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
+  static constexpr int kMostLead = 2;
+
   struct Call {
-    std::function<bool(std::int64_t rows, std::int64_t sequences, const Upcoming&)> make{};
-    std::function<void(std::int64_t rows, std::int64_t sequences, Upcoming&)> reads{};  // may be empty
+    std::function<bool(std::int64_t rows, std::int64_t sequences)> make{};
+    std::function<void(std::int64_t rows, std::int64_t sequences)> plan{};  // may be empty
     Rows rows;
-    int lead;
-    bool fetches;  // whether it is a product that fetches what others read
+    int lead = 1;
+    bool fetches = false;  // whether it is a product that fetches what others read
   };
+
+  // All ops of a kind share one plan: each is planned after the one before has run.
+  template <class SomePlan>
+  struct PlanOf {
+    SomePlan plan;
+    std::size_t call = kNone;  // that it is for
+  };
+
+  template <class SomePlan>
+  PlanOf<SomePlan>* plan_of() {
+    if constexpr (std::is_same_v<SomePlan, LoraPlan>) {
+      return lora_.get();
+    } else {
+      return attention_.get();
+    }
+  }
+
+  template <class Args>
+  Call& note(const Args& args) {
+    auto& most = rows_ == Rows::kTokens ? most_.tokens : most_.sampled;
+    most = std::max(most, rows_of(args));
+    most_.sequences = std::max(most_.sequences, sequences_of(args));
+    calls_.push_back({.rows = rows_});
+    return calls_.back();
+  }
 
   void look_ahead(std::size_t at, const Extent& step) {
     upcoming_.clear();
     for (int lead = 1; at < calls_.size(); ++at) {
       const Call& call = calls_[at];
       if (call.fetches && ++lead > kMostLead) return;
-      if (call.reads && call.lead == lead) call.reads(step.count(call.rows), step.sequences, upcoming_);
+      if (call.plan && call.lead == lead) call.plan(step.count(call.rows), step.sequences);
     }
   }
-
-  static constexpr int kMostLead = 2;
 
   std::vector<Call> calls_;
   Extent most_;
   Rows rows_ = Rows::kTokens;
   Upcoming upcoming_;
+  std::unique_ptr<PlanOf<LoraPlan>> lora_ = std::make_unique<PlanOf<LoraPlan>>();
+  std::unique_ptr<PlanOf<AttentionPlan>> attention_ = std::make_unique<PlanOf<AttentionPlan>>();
 };
 
-// Makes the call, or records it where a tape is being recorded; `reads` and `lead` as in Tape::add.
-template <class Result, class Args>
-bool call(Result (*op)(const Args&), const Args& args, void (*reads)(const Args&, Upcoming&) = nullptr, int lead = 1) {
+// Makes the call, or records it where a tape is being recorded; what comes after the arguments, Tape::add says.
+template <class Result, class Args, class... More>
+bool call(Result (*op)(const Args&), const Args& args, More... more) {
   if (Tape::recording != nullptr) {
-    Tape::recording->add(op, args, reads, lead);
+    Tape::recording->add(op, args, more...);
     return true;
   }
   if constexpr (std::is_same_v<Result, bool>) {

@@ -20,28 +20,29 @@ std::int64_t most_lines() {
 
 }  // namespace
 
+Plan::Plan() = default;
+Plan::~Plan() = default;
+
 Upcoming::Upcoming() : most_lines_(most_lines()) {}
 
-void Upcoming::clear() {
-  for (Thread& thread : threads_) {
-    thread.spans.clear();
-    thread.lines = 0;
+void Upcoming::clear() { count_ = 0; }
+
+void Upcoming::add(const Plan& plan) {
+  if (count_ < kMostPlans) plans_[count_++] = &plan;
+}
+
+std::int64_t Upcoming::lines(int thread) const {
+  std::int64_t lines = 0;
+  for (int plan = 0; plan < count_; ++plan) lines += plans_[plan]->bytes(thread) / kLine;
+  lines += lines / 8;  // rows that begin within a line
+  return lines < most_lines_ ? lines : most_lines_;
+}
+
+bool Upcoming::next(int thread, Place& place, Span& span) const {
+  for (; place.plan < count_; ++place.plan, place.cursor = {}) {
+    if (plans_[place.plan]->next(thread, place.cursor, span)) return true;
   }
-}
-
-void Upcoming::add(int thread, const Span& span) {
-  if (static_cast<int>(threads_.size()) <= thread) threads_.resize(static_cast<std::size_t>(thread) + 1);
-  Thread& to = threads_[static_cast<std::size_t>(thread)];
-  const std::int64_t lines = ((span.bytes + kLine - 1) / kLine + 1) * span.count;
-  if (to.lines + lines > most_lines_) return;
-  to.spans.push_back(span);
-  to.lines += lines;
-}
-
-Upcoming::List Upcoming::of(int thread) const {
-  if (static_cast<int>(threads_.size()) <= thread) return {nullptr, 0, 0};
-  const Thread& from = threads_[static_cast<std::size_t>(thread)];
-  return {from.spans.data(), static_cast<std::int64_t>(from.spans.size()), from.lines};
+  return false;
 }
 
 }  // namespace peftserve

@@ -2,37 +2,58 @@
 // little to do, while adapters and attention do little but wait for the memory.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace peftserve {
 
+// `count` rows of `bytes` bytes, `stride` bytes apart.
+struct Span {
+  const void* at;
+  std::int64_t bytes, stride, count;
+};
+
+// How far a thread has come in what an op reads. It begins as zeros; the op alone knows what they stand for.
+struct Cursor {
+  std::int64_t item = 0, part = 0;
+};
+
+// An op's work, shared out before it runs: so it is known what each thread will read.
+//
+// None of this is inline: kernels, compiled for one instruction set each, must not bring along a copy for all.
+class Plan {
+ public:
+  Plan();
+  virtual ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // About how much a thread will read.
+  virtual std::int64_t bytes(int thread) const = 0;
+  // The next of it; false at the end.
+  virtual bool next(int thread, Cursor& cursor, Span& span) const = 0;
+};
+
 class Upcoming {
  public:
-  // `count` rows of `bytes` bytes, `stride` bytes apart.
-  struct Span {
-    const void* at;
-    std::int64_t bytes, stride, count;
-  };
-  struct List {
-    const Span* spans;
-    std::int64_t count, lines;  // how many cache lines they have in all
+  struct Place {
+    int plan = 0;
+    Cursor cursor;
   };
 
-  // None of this is inline: kernels, compiled for one instruction set each, must not bring along a copy for all.
   Upcoming();
   void clear();
-  // One more for a thread of the pool, after those that it has. What would be too much is left out.
-  void add(int thread, const Span& span);
-  List of(int thread) const;
+  // One more, after those that it has; not kept. What would be too many is left out.
+  void add(const Plan& plan);
+  // How many cache lines a thread should fetch.
+  std::int64_t lines(int thread) const;
+  // What a thread reads next after `place`; false at the end.
+  bool next(int thread, Place& place, Span& span) const;
 
  private:
-  struct Thread {
-    std::vector<Span> spans;
-    std::int64_t lines = 0;
-  };
-  std::vector<Thread> threads_;
+  static constexpr int kMostPlans = 4;
+
+  const Plan* plans_[kMostPlans];
+  int count_ = 0;
   std::int64_t most_lines_;
 };
 

@@ -5,10 +5,21 @@ import gc
 import pytest
 import torch
 
-from peftserve_kernels import embedding, residual_add, rms_norm, silu_mul
+from peftserve_kernels import (
+    Segments,
+    embedding,
+    lora_add,
+    nf4_linear,
+    prepare_nf4,
+    residual_add,
+    rms_norm,
+    silu_mul,
+)
 from peftserve_kernels.capture import CaptureError, CaptureGuard
 from peftserve_kernels.cpu.extension import HAS_NATIVE
 from peftserve_kernels.cpu.tape import Tape, TapeMemory
+from tests.kernels.nf4_oracle import quantize
+from tests.kernels.test_native_lora import make_slices, make_weights
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the extension is not built")
 
@@ -66,6 +77,37 @@ def test_a_larger_step_than_the_recorded_one_is_refused() -> None:
     for extent in ((6, 0, 0), (5, 1, 0), (5, 0, 1)):
         with pytest.raises(ValueError, match="recorded for smaller steps"):
             tape.replay(*extent)
+
+
+def test_each_planned_op_has_a_plan_of_its_own() -> None:
+    """A product makes the plans of the updates after it: here of several, and of others at the next step."""
+    slices = make_slices(64, (96, 64))
+    lora = make_weights([(3, 8), (17, 0), (0, 5)], slices, torch.bfloat16)
+    weight = prepare_nf4(quantize(torch.randn(160, 64))[0])
+    x, slot = torch.randn(40, 64).bfloat16(), torch.zeros(4, dtype=torch.int32)
+    start = torch.zeros(5, dtype=torch.int32)
+
+    def updates(x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        y = nf4_linear(x, weight)
+        for layer in (0, 1, 0):
+            lora_add(y, x, segments, lora, layer, slices)
+        return y
+
+    memory = TapeMemory()
+    tape = Tape(memory)
+    with tape.recording():
+        y = memory.keep(updates(x, Segments(start, slot, (), torch.empty((0, 3), dtype=torch.int32))))
+    for starts, slots in (
+        ((0, 1, 3, 30, 40), (0, 1, 2, 0)),
+        ((0, 2, 2, 3, 5), (2, 1, 0, 1)),
+        ((0, 1, 1, 1, 1), (1,) * 4),
+    ):
+        x.normal_()
+        start.copy_(torch.tensor(starts))
+        slot.copy_(torch.tensor(slots))
+        tape.replay(starts[-1], sequences=4)
+        expected = updates(x[: starts[-1]], Segments.build(starts, slots))
+        torch.testing.assert_close(y[: starts[-1]], expected, rtol=0, atol=0)
 
 
 def test_memory_is_used_again_within_a_tape_and_between_tapes() -> None:

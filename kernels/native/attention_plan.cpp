@@ -1,0 +1,90 @@
+#include "attention_plan.h"
+
+#include <algorithm>
+
+#include "shares.h"
+
+namespace peftserve {
+
+AttentionPlan::AttentionPlan() = default;
+AttentionPlan::~AttentionPlan() = default;
+
+int AttentionPlan::team() const { return team_; }
+const AttentionTask* AttentionPlan::tasks() const { return tasks_.data(); }
+std::int64_t AttentionPlan::count() const { return static_cast<std::int64_t>(tasks_.size()); }
+std::int64_t AttentionPlan::heads() const { return heads_; }
+const std::int64_t* AttentionPlan::bounds() const { return bounds_.data(); }
+
+void AttentionPlan::make(const PagedAttention& args, std::int64_t rows) {
+  args_ = args;
+  const std::int64_t shared = args.num_heads / args.num_kv_heads, block = std::max<std::int64_t>(rows / shared, 1);
+  tasks_.clear();
+  std::int64_t seen = 0;
+  for (std::int64_t s = 0; s < args.sequences; ++s) {
+    const std::int64_t queries = args.query_start[s + 1] - args.query_start[s], before = args.context_len[s] - queries;
+    for (std::int64_t query = 0; query < queries; query += block) {
+      const std::int64_t length = std::min(queries - query, block);
+      seen += length * (before + query + length);
+      for (std::int64_t head = 0; head < args.num_kv_heads; ++head) {
+        tasks_.push_back({args.query_start[s] + query, before + query, length, s, head});
+      }
+    }
+  }
+  team_ = team_size(args.threads, 2 * seen * args.num_heads * args.head_dim);
+  // Heads lie side by side in a page: where there are tasks enough, one thread has all of them.
+  heads_ = count() / args.num_kv_heads >= 4 * team_ ? args.num_kv_heads : 1;
+  bounds_.resize(static_cast<std::size_t>(team_) + 1);
+  share(team_, count() / heads_, [this](std::int64_t group) {
+    const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
+    return task.queries * (task.position + task.queries);
+  }, bounds_.data());
+}
+
+std::int64_t AttentionPlan::position_bytes() const {
+  return args_.head_dim * (args_.cache_dtype == Dtype::kFloat32 ? 4 : 2);
+}
+
+std::int64_t AttentionPlan::first_seen(const AttentionTask& task) const {
+  return args_.window > 0 && task.position >= args_.window ? task.position - args_.window + 1 : 0;
+}
+
+std::int64_t AttentionPlan::bytes(int thread) const {
+  if (thread >= team_) return 0;
+  std::int64_t positions = 0;
+  const auto at = static_cast<std::size_t>(thread);
+  for (std::int64_t group = bounds_[at]; group < bounds_[at + 1]; ++group) {
+    const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
+    positions += task.position + task.queries - first_seen(task);
+  }
+  return positions * heads_ * 2 * position_bytes();
+}
+
+// Of a thread's tasks the keys and values, page by page: an item is a group of tasks, its parts are the positions that they
+// see, first as keys (even) and then as values (odd).
+bool AttentionPlan::next(int thread, Cursor& cursor, Span& span) const {
+  if (thread >= team_) return false;
+  const auto at = static_cast<std::size_t>(thread);
+  const std::int64_t group = bounds_[at] + cursor.item;
+  if (group >= bounds_[at + 1]) return false;
+  const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
+  const std::int64_t position = first_seen(task) + cursor.part / 2, end = task.position + task.queries;
+  const bool is_value = cursor.part % 2 == 1;
+  const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
+  const std::int64_t here = std::min(args_.page_size - in_page, end - position);
+  const std::int64_t id = args_.block_tables[task.sequence * args_.max_blocks + page];
+  const auto* cache = static_cast<const char*>(is_value ? args_.v_cache : args_.k_cache);
+  span.at = cache + ((id * args_.num_kv_heads + task.kv_head) * args_.page_size + in_page) * position_bytes();
+  span.bytes = here * position_bytes();
+  span.stride = args_.page_size * position_bytes();
+  span.count = heads_;
+  if (!is_value) {
+    ++cursor.part;
+  } else if (position + here < end) {
+    cursor.part += 2 * here - 1;
+  } else {
+    cursor = {cursor.item + 1, 0};
+  }
+  return true;
+}
+
+}  // namespace peftserve

@@ -1,0 +1,49 @@
+// Who computes what of a PagedAttention: tasks, blocks of queries of one sequence with all heads that share one KV head.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops.h"
+#include "upcoming.h"
+
+namespace peftserve {
+
+struct AttentionTask {
+  std::int64_t token;     // of the flat batch, the first query's
+  std::int64_t position;  // of that query in its sequence
+  std::int64_t queries;
+  std::int64_t sequence;
+  std::int64_t kv_head;
+};
+
+class AttentionPlan final : public Plan {
+ public:
+  AttentionPlan();
+  ~AttentionPlan() override;
+
+  // Of at most `rows` rows (queries x heads) a task, unless one query has more. The inputs of the op need not be there yet,
+  // its tables must, and stay until it has run.
+  void make(const PagedAttention& args, std::int64_t rows);
+
+  int team() const;
+  const AttentionTask* tasks() const;
+  std::int64_t count() const;
+  std::int64_t heads() const;          // how many tasks, side by side, a thread takes at a time
+  const std::int64_t* bounds() const;  // thread t takes those from bounds[t] up to bounds[t + 1]
+
+  std::int64_t bytes(int thread) const override;
+  bool next(int thread, Cursor& cursor, Span& span) const override;
+
+ private:
+  std::int64_t position_bytes() const;  // of a key, or a value
+  std::int64_t first_seen(const AttentionTask& task) const;
+
+  PagedAttention args_{};
+  std::vector<AttentionTask> tasks_;
+  std::vector<std::int64_t> bounds_;
+  std::int64_t heads_ = 1;
+  int team_ = 1;
+};
+
+}  // namespace peftserve
