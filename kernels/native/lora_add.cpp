@@ -36,6 +36,13 @@ class Update {
     return {arena_, args_.b_page + block.table * args_.pages, block.rank, args_.slice[block.slice].outputs};
   }
 
+  // What weights pushed out of the second level since the linear layer wrote it: the columns first .. end of one token.
+  // Inlined, since GCC takes a function that only prefetches for one without effect.
+  [[gnu::always_inline]] void fetch_output(const LoraBlock& block, std::int64_t first, std::int64_t end) const {
+    const T* y = y_ + block.token * args_.y_stride + args_.slice[block.slice].offset;
+    for (; first < end; first += 64 / static_cast<std::int64_t>(sizeof(T))) __builtin_prefetch(y + first, 1);
+  }
+
   // Rows are too few and too short for the hardware to run ahead, so each part fetches the first of the part after it.
   void shrink_part(std::int64_t index) const {
     const LoraPart& part = shrinks_.parts[index];
@@ -63,8 +70,10 @@ class Update {
     NextRows<W> after;
     if (index + 1 < expands_.bounds[plan_.team()]) {
       const LoraPart& next = expands_.parts[index + 1];
-      const Factor<W> factor = factor_b(plan_.block(next.block));
+      const LoraBlock& of = plan_.block(next.block);
+      const Factor<W> factor = factor_b(of);
       after = {factor.row(0) + next.first, factor.width};
+      fetch_output(of, next.first, next.end);
     }
     const LoraBlock& block = plan_.block(part.block);
     const Columns columns{part.first, part.end};

@@ -11,13 +11,13 @@ namespace {
 // A weight that is read takes the time of so many multiply-adds: adapters are larger than the caches.
 constexpr std::int64_t kReadWork = 3;
 constexpr std::int64_t kParts = 4;  // a thread, or more
-constexpr std::int64_t kTablesAhead = 4;  // parts, when what they read is asked for
-
+constexpr std::int64_t kTablesAhead = 6, kPartsAhead = 16;  // parts, when what they read and they themselves are fetched
 
 std::int64_t cost(const LoraBlock& block, std::int64_t rank, std::int64_t width) {
   return (block.tokens + kReadWork) * rank * width;
 }
 
+// Costs too fit: ranks end at 1,024.
 std::int32_t narrow(std::int64_t value) { return static_cast<std::int32_t>(value); }
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -122,29 +122,38 @@ void LoraPlan::share_out(Share& share, const Weights& weights) {
 
 std::int64_t LoraPlan::bytes(int thread) const { return thread < team_ ? bytes_[static_cast<std::size_t>(thread)] : 0; }
 
-// A thread's parts, those with A first; of each part page by page.
+// The parts of a thread, those with A first; null at the end.
+const LoraPart* LoraPlan::item(std::size_t thread, std::int64_t index) const {
+  const std::int64_t shrinks = shrinks_.count(thread);
+  if (index < shrinks) return shrinks_.first(thread) + index;
+  index -= shrinks;
+  return index < expands_.count(thread) ? expands_.first(thread) + index : nullptr;
+}
+
+// Part by part, and of each page by page.
 bool LoraPlan::next(int thread, Cursor& cursor, Span& span) const {
   if (thread >= team_) return false;
   const auto at = static_cast<std::size_t>(thread);
-  const std::int64_t shrinks = shrinks_.count(at);
-  const bool is_shrink = cursor.item < shrinks;
-  const Share& share = is_shrink ? shrinks_ : expands_;
-  const std::int64_t index = is_shrink ? cursor.item : cursor.item - shrinks;
-  if (index == share.count(at)) return false;  // and there are no more of the other kind, or it would be its turn
-  const LoraPart& part = share.first(at)[index];
-  const std::int64_t first = is_shrink ? part.first : 0, end = is_shrink ? part.end : part.rank;
-  const std::int64_t column = is_shrink ? 0 : part.first, columns = is_shrink ? part.width : part.end - part.first;
+  const LoraPart* part = item(at, cursor.item);
+  if (part == nullptr) return false;
+  // The tables too come from memory mostly, and the parts from the core of the thread that made the plan.
+  if (cursor.part == 0) {
+    for (std::int64_t ahead = cursor.item == 0 ? 1 : kTablesAhead; ahead <= kTablesAhead; ++ahead) {
+      if (const LoraPart* later = item(at, cursor.item + ahead)) __builtin_prefetch(later->pages);
+    }
+    if (const LoraPart* later = item(at, cursor.item + kPartsAhead)) __builtin_prefetch(later);
+  }
+  const bool is_shrink = cursor.item < shrinks_.count(at);
+  const std::int64_t first = is_shrink ? part->first : 0, end = is_shrink ? part->end : part->rank;
+  const std::int64_t column = is_shrink ? 0 : part->first, columns = is_shrink ? part->width : part->end - part->first;
   const std::int64_t row = first + cursor.part, rows = std::min<std::int64_t>(end - row, kRankPage);
-  span.at = static_cast<const char*>(args_.arena) + (part.pages[row / kRankPage] + column) * element_;
-  const bool is_whole = columns == part.width;  // rows, then, which lie one after the other
+  span.at = static_cast<const char*>(args_.arena) + (part->pages[row / kRankPage] + column) * element_;
+  const bool is_whole = columns == part->width;  // rows, then, which lie one after the other
   span.bytes = (is_whole ? rows * columns : columns) * element_;
   span.count = is_whole ? 1 : rows;
-  span.stride = part.width * element_;
+  span.stride = part->width * element_;
   cursor.part += rows;
-  if (row + rows < end) return true;
-  cursor = {cursor.item + 1, 0};
-  // The tables too come from memory mostly.
-  if (index + kTablesAhead < share.count(at)) __builtin_prefetch(share.first(at)[index + kTablesAhead].pages);
+  if (row + rows == end) cursor = {cursor.item + 1, 0};
   return true;
 }
 

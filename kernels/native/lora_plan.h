@@ -73,6 +73,8 @@ class LoraPlan final : public Plan {
   template <class Weights>
   void share_out(Share& share, const Weights& weights);
 
+  const LoraPart* item(std::size_t thread, std::int64_t index) const;
+
   LoraAdd args_{};
   std::int64_t element_ = 0;  // bytes of one weight
   std::vector<LoraBlock> blocks_;

@@ -37,6 +37,16 @@ struct alignas(64) NextIndex {
   std::atomic<std::int64_t> value;
 };
 
+// Takes some of what is left up to `end`: fewer the less there is, since who takes waits for all its stores before, and who
+// takes last others wait for. The first one, and in `count` how many; none at the end.
+inline std::int64_t take(NextIndex& next, std::int64_t end, std::int64_t& count) {
+  std::int64_t first = next.value.load(std::memory_order_relaxed);
+  do {
+    count = end > first ? (end - first + 3) / 4 : 0;
+  } while (count > 0 && !next.value.compare_exchange_weak(first, first + count, std::memory_order_relaxed));
+  return first;
+}
+
 // body(index) for each of bounds[0] .. bounds[threads], split as `share` has it; who is done helps the others.
 template <class Body>
 inline void parallel_shares(int threads, const std::int64_t* bounds, const Body& body) {
@@ -50,10 +60,8 @@ inline void parallel_shares(int threads, const std::int64_t* bounds, const Body&
   Pool::shared().run(threads, [&](int own, int) {
     for (int turn = 0; turn < threads; ++turn) {
       const int of = own + turn < threads ? own + turn : own + turn - threads;
-      for (;;) {
-        const std::int64_t index = next[of].value.fetch_add(1, std::memory_order_relaxed);
-        if (index >= bounds[of + 1]) break;
-        body(index);
+      for (std::int64_t count, first; first = take(next[of], bounds[of + 1], count), count > 0;) {
+        for (std::int64_t index = first; index < first + count; ++index) body(index);
       }
     }
   });
