@@ -41,11 +41,7 @@ void AttentionPlan::make(const PagedAttention& args, std::int64_t rows) {
 }
 
 std::int64_t AttentionPlan::position_bytes() const {
-  return args_.head_dim * (args_.cache_dtype == Dtype::kFloat32 ? 4 : 2);
-}
-
-std::int64_t AttentionPlan::first_seen(const AttentionTask& task) const {
-  return args_.window > 0 && task.position >= args_.window ? task.position - args_.window + 1 : 0;
+  return args_.head_dim * bytes_of(args_.cache_dtype);
 }
 
 std::int64_t AttentionPlan::bytes(int thread) const {
@@ -54,7 +50,7 @@ std::int64_t AttentionPlan::bytes(int thread) const {
   const auto at = static_cast<std::size_t>(thread);
   for (std::int64_t group = bounds_[at]; group < bounds_[at + 1]; ++group) {
     const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
-    positions += task.position + task.queries - first_seen(task);
+    positions += task.position + task.queries - first_seen(args_, task.position);
   }
   return positions * heads_ * 2 * position_bytes();
 }
@@ -67,7 +63,7 @@ bool AttentionPlan::next(int thread, Cursor& cursor, Span& span) const {
   const std::int64_t group = bounds_[at] + cursor.item;
   if (group >= bounds_[at + 1]) return false;
   const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
-  const std::int64_t position = first_seen(task) + cursor.part / 2, end = task.position + task.queries;
+  const std::int64_t position = first_seen(args_, task.position) + cursor.part / 2, end = task.position + task.queries;
   const bool is_value = cursor.part % 2 == 1;
   const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
   const std::int64_t here = std::min(args_.page_size - in_page, end - position);

@@ -17,6 +17,11 @@ struct AttentionTask {
   std::int64_t kv_head;
 };
 
+// The first position that a query at `position` sees.
+[[gnu::always_inline]] inline std::int64_t first_seen(const PagedAttention& args, std::int64_t position) {
+  return args.window > 0 && position >= args.window ? position - args.window + 1 : 0;
+}
+
 class AttentionPlan final : public Plan {
  public:
   AttentionPlan();
@@ -37,7 +42,6 @@ class AttentionPlan final : public Plan {
 
  private:
   std::int64_t position_bytes() const;  // of a key, or a value
-  std::int64_t first_seen(const AttentionTask& task) const;
 
   PagedAttention args_{};
   std::vector<AttentionTask> tasks_;

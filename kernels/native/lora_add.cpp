@@ -29,12 +29,8 @@ class Update {
 
   static constexpr int kInner = 2;  // which scratch memory holds the products with A
 
-  Factor<W> factor_a(const LoraBlock& block) const {
-    return {arena_, args_.a_page + block.table * args_.pages, block.rank, args_.columns};
-  }
-  Factor<W> factor_b(const LoraBlock& block) const {
-    return {arena_, args_.b_page + block.table * args_.pages, block.rank, args_.slice[block.slice].outputs};
-  }
+  // The A or B that a part is of.
+  Factor<W> factor(const LoraPart& part) const { return {arena_, part.pages, part.rank, part.width}; }
 
   // What weights pushed out of the second level since the linear layer wrote it: the columns first .. end of one token.
   // Inlined, since GCC takes a function that only prefetches for one without effect.
@@ -49,11 +45,11 @@ class Update {
     NextRows<W> after;
     if (index + 1 < shrinks_.bounds[plan_.team()]) {
       const LoraPart& next = shrinks_.parts[index + 1];
-      after = {factor_a(plan_.block(next.block)).row(next.first), args_.columns};
+      after = {factor(next).row(next.first), next.width};
     }
     const LoraBlock& block = plan_.block(part.block);
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
-    const Factor<W> rows = factor_a(block).rows(part.first, part.end);
+    const Factor<W> rows = factor(part).rows(part.first, part.end);
     float* t = inner_ + block.inner + part.first;
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
     if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank, after);
@@ -70,15 +66,13 @@ class Update {
     NextRows<W> after;
     if (index + 1 < expands_.bounds[plan_.team()]) {
       const LoraPart& next = expands_.parts[index + 1];
-      const LoraBlock& of = plan_.block(next.block);
-      const Factor<W> factor = factor_b(of);
-      after = {factor.row(0) + next.first, factor.width};
-      fetch_output(of, next.first, next.end);
+      after = {factor(next).row(0) + next.first, next.width};
+      fetch_output(plan_.block(next.block), next.first, next.end);
     }
     const LoraBlock& block = plan_.block(part.block);
     const Columns columns{part.first, part.end};
     const LoraAdd::Slice& slice = args_.slice[block.slice];
-    const Factor<W> b = factor_b(block);
+    const Factor<W> b = factor(part);
     const float* t = inner_ + block.inner;
     const Vec scale = broadcast(args_.scale[block.table]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[block.table];

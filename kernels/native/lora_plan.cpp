@@ -35,7 +35,7 @@ LoraShares LoraPlan::expands() const { return {expands_.parts.data(), expands_.b
 
 void LoraPlan::make(const LoraAdd& args, const LoraTiles& tiles) {
   args_ = args;
-  element_ = args.arena_dtype == Dtype::kFloat32 ? 4 : 2;
+  element_ = bytes_of(args.arena_dtype);
   blocks_.clear();
   inner_ = 0;
   std::int64_t shrinking = 0, expanding = 0;

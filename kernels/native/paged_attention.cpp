@@ -118,10 +118,6 @@ class Attention {
     return ((task.token + row / shared_) * args_.num_heads + task.kv_head * shared_ + row % shared_) * args_.head_dim;
   }
 
-  std::int64_t first_seen(std::int64_t position) const {
-    return args_.window > 0 && position >= args_.window ? position - args_.window + 1 : 0;
-  }
-
   void attend(const AttentionTask& task, const AttentionTask* following) const {
     const std::int64_t rows = task.queries * shared_;
     Memory work = memory(rows);
@@ -168,11 +164,11 @@ class Attention {
     }
   }
 
-  std::int64_t first_block(const AttentionTask& task) const { return first_seen(task.position) / kKeys * kKeys; }
+  std::int64_t first_block(const AttentionTask& task) const { return first_seen(args_, task.position) / kKeys * kKeys; }
 
   void locate(const AttentionTask& task, std::int64_t start, Block& block) const {
     block.start = start;
-    block.range = within(start, first_seen(task.position), task.position + task.queries);
+    block.range = within(start, first_seen(args_, task.position), task.position + task.queries);
     std::int64_t position = start + block.range.first;
     for (int j = block.range.first; j < block.range.end;) {
       const std::int64_t page = position / args_.page_size, in_page = position % args_.page_size;
@@ -245,7 +241,7 @@ class Attention {
     bool any = false;
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t position = task.position + (row + r) / shared_;
-      seen[r] = within(block.start, first_seen(position), position + 1);
+      seen[r] = within(block.start, first_seen(args_, position), position + 1);
       any = any || !seen[r].empty();
       common.first = seen[r].first > common.first ? seen[r].first : common.first;
       common.end = seen[r].end < common.end ? seen[r].end : common.end;

@@ -7,6 +7,8 @@ namespace peftserve {
 
 enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
+[[gnu::always_inline]] constexpr std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 struct Bf16 {
   std::uint16_t bits;
 };

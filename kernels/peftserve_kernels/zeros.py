@@ -23,7 +23,9 @@ def zeros(
     if torch.device(device).type != "cpu" or not nbytes:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):  # which shared memory has by other rules, mostly not at all
+    # Said either way, since some systems give them unasked; to shared memory by other rules, mostly not at all.
+    advice = getattr(mmap, "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE", None)
+    if advice is not None:
         with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(advice)
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))

@@ -33,10 +33,11 @@ assert x[3].all()
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (0, 4), (2, 0), ()])
-def test_as_torch_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_as_torch_does(shape: tuple[int, ...], dtype: torch.dtype, huge_pages: bool) -> None:
     expected = torch.zeros(shape, dtype=dtype)
     for device in ("cpu", torch.device("cpu")):
-        x = zeros(shape, dtype, device)
+        x = zeros(shape, dtype, device, huge_pages=huge_pages)
         assert (x.dtype, x.shape) == (expected.dtype, expected.shape)
         assert torch.equal(x, expected)
         assert torch.equal(x.fill_(2), torch.full_like(expected, 2))
