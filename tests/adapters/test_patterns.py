@@ -63,7 +63,12 @@ def test_a_key_for_another_base_is_a_fault() -> None:
     ]
 
 
-@pytest.mark.parametrize("pattern", ["(?!.*vision).*q_proj", "(?<=layers).*", r"(a)\1", "[", "a{,3}", "[[:alpha:]]+"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["(?!.*vision).*q_proj", "(?<=layers).*", r"(a)\1", "[", "a{,3}", "[[:alpha:]]+"]
+    # RE2 reads these, Python's `re` does not.
+    + [".*^?", "$*", r"\Qq_proj\E", r"\pL+", "(?U)q_proj"],
+)
 def test_refuses_what_it_cannot_evaluate_like_python(pattern: str) -> None:
     with pytest.raises(ValueError):
         compile_fullmatch(pattern)

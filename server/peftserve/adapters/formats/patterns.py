@@ -2,7 +2,8 @@
 
 PEFT treats them as regular expressions for Python's `re`, which an uploaded config could use to burn a core for hours.
 RE2 takes time linear in the text and bounded memory instead. What it cannot express (look-around, back-references) or
-reads differently from `re` is refused, so a pattern that is accepted means here what it means in PEFT.
+reads differently from `re`, and what `re` refuses, is refused, so a pattern that is accepted means here what it means
+in PEFT.
 """
 
 import re
@@ -36,6 +37,10 @@ def compile_fullmatch(pattern: str) -> Callable[[str], bool]:
         raise ValueError(
             f"not a regular expression that can be evaluated safely ({text}); list the module names instead"
         ) from None
+    try:
+        re.compile(pattern)  # never run: only to refuse what PEFT could not read, such as a repeated assertion (`^?`)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression of Python's ({error})") from None
     return lambda text: compiled.fullmatch(text) is not None
 
 
