@@ -2,18 +2,15 @@
 
 #include <algorithm>
 
-#include "shares.h"
-
 namespace peftserve {
 
 AttentionPlan::AttentionPlan() = default;
 AttentionPlan::~AttentionPlan() = default;
 
-int AttentionPlan::team() const { return team_; }
 const AttentionTask* AttentionPlan::tasks() const { return tasks_.data(); }
 std::int64_t AttentionPlan::count() const { return static_cast<std::int64_t>(tasks_.size()); }
 std::int64_t AttentionPlan::heads() const { return heads_; }
-const std::int64_t* AttentionPlan::bounds() const { return bounds_.data(); }
+Shares& AttentionPlan::shares() { return shares_; }
 
 void AttentionPlan::make(const PagedAttention& args, std::int64_t rows) {
   args_ = args;
@@ -30,14 +27,13 @@ void AttentionPlan::make(const PagedAttention& args, std::int64_t rows) {
       }
     }
   }
-  team_ = team_size(args.threads, 2 * seen * args.num_heads * args.head_dim);
+  const int team = team_size(args.threads, 2 * seen * args.num_heads * args.head_dim);
   // Heads lie side by side in a page: where there are tasks enough, one thread has all of them.
-  heads_ = count() / args.num_kv_heads >= 4 * team_ ? args.num_kv_heads : 1;
-  bounds_.resize(static_cast<std::size_t>(team_) + 1);
-  share(team_, count() / heads_, [this](std::int64_t group) {
+  heads_ = count() / args.num_kv_heads >= 4 * team ? args.num_kv_heads : 1;
+  shares_.make(team, count() / heads_, [this](std::int64_t group) {
     const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
     return task.queries * (task.position + task.queries);
-  }, bounds_.data());
+  });
 }
 
 std::int64_t AttentionPlan::position_bytes() const {
@@ -45,10 +41,9 @@ std::int64_t AttentionPlan::position_bytes() const {
 }
 
 std::int64_t AttentionPlan::bytes(int thread) const {
-  if (thread >= team_) return 0;
+  if (thread >= shares_.threads()) return 0;
   std::int64_t positions = 0;
-  const auto at = static_cast<std::size_t>(thread);
-  for (std::int64_t group = bounds_[at]; group < bounds_[at + 1]; ++group) {
+  for (std::int64_t group = shares_.begin(thread); group < shares_.end(thread); ++group) {
     const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
     positions += task.position + task.queries - first_seen(args_, task.position);
   }
@@ -58,10 +53,9 @@ std::int64_t AttentionPlan::bytes(int thread) const {
 // Of a thread's tasks the keys and values, page by page: an item is a group of tasks, its parts are the positions that they
 // see, first as keys (even) and then as values (odd).
 bool AttentionPlan::next(int thread, Cursor& cursor, Span& span) const {
-  if (thread >= team_) return false;
-  const auto at = static_cast<std::size_t>(thread);
-  const std::int64_t group = bounds_[at] + cursor.item;
-  if (group >= bounds_[at + 1]) return false;
+  if (thread >= shares_.threads()) return false;
+  const std::int64_t group = shares_.begin(thread) + cursor.item;
+  if (group >= shares_.end(thread)) return false;
   const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
   const std::int64_t position = first_seen(args_, task.position) + cursor.part / 2, end = task.position + task.queries;
   const bool is_value = cursor.part % 2 == 1;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "shares.h"
 #include "upcoming.h"
 
 namespace peftserve {
@@ -31,11 +32,10 @@ class AttentionPlan final : public Plan {
   // its tables must, and stay until it has run.
   void make(const PagedAttention& args, std::int64_t rows);
 
-  int team() const;
   const AttentionTask* tasks() const;
   std::int64_t count() const;
-  std::int64_t heads() const;          // how many tasks, side by side, a thread takes at a time
-  const std::int64_t* bounds() const;  // thread t takes those from bounds[t] up to bounds[t + 1]
+  std::int64_t heads() const;  // how many tasks, side by side, a thread takes at a time
+  Shares& shares();            // of tasks / heads
 
   std::int64_t bytes(int thread) const override;
   bool next(int thread, Cursor& cursor, Span& span) const override;
@@ -45,9 +45,8 @@ class AttentionPlan final : public Plan {
 
   PagedAttention args_{};
   std::vector<AttentionTask> tasks_;
-  std::vector<std::int64_t> bounds_;
+  Shares shares_;
   std::int64_t heads_ = 1;
-  int team_ = 1;
 };
 
 }  // namespace peftserve

@@ -1,16 +1,13 @@
-// A task is a block of tokens of one segment: z, down, activation, up, add to the stream. All in float32.
+// stream += scale * up(activation(down(z))) by segment, all in float32. Who computes what, low_rank_plan.h says.
 #include <cmath>
 
 #include "kernels.h"
 #include "low_rank.h"
+#include "low_rank_plan.h"
 #include "parallel.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
-
-struct Task {
-  std::int64_t token, tokens, slot;
-};
 
 // The numbers of `Activation` in peftserve_kernels/activation.py.
 enum class Activation : std::int32_t {
@@ -32,6 +29,8 @@ enum class Activation : std::int32_t {
 
 // The numbers of `BottleneckInput` in peftserve_kernels/bottleneck.py.
 enum class Input : std::int32_t { kHidden, kHiddenPlusResidual, kResidual };
+
+constexpr std::int64_t kSites = 2;  // of a layer
 
 // C's functions rather than C++'s overloads: those are inline, and one compiled for AVX-512 could stand in for all.
 float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
@@ -74,54 +73,52 @@ float activate(Activation kind, float x) {
   return x;
 }
 
+// The plan of `args` must be made.
 template <class W>
 class Bottleneck {
  public:
-  explicit Bottleneck(const BottleneckAdd& args) : args_(args), arena_(static_cast<const W*>(args.arena)) {}
+  explicit Bottleneck(const BottleneckAdd& args)
+      : args_(args), plan_(*args.plan), arena_(static_cast<const W*>(args.arena)) {}
 
   void run() const {
-    static thread_local Scratch plan;
-    const std::int64_t most = args_.segments + args_.tokens / kTokenBlock;
-    auto* tasks = static_cast<Task*>(plan.reserve(static_cast<std::size_t>(most) * sizeof(Task)));
-    std::int64_t count = 0, work = 0;
-    for (std::int64_t s = 0; s < args_.segments; ++s) {
-      const std::int64_t first = args_.start[s], end = args_.start[s + 1], width = args_.width[table(args_.slot[s])];
-      if (width == 0) continue;
-      work += (end - first) * width * 2 * args_.columns;
-      for (std::int64_t token = first; token < end; token += kTokenBlock) {
-        tasks[count++] = {token, end - token < kTokenBlock ? end - token : kTokenBlock, args_.slot[s]};
-      }
-    }
-    parallel_tasks(team_size(args_.threads, work), count, [&](std::int64_t index) { update(tasks[index]); });
+    parallel_shares(
+        plan_.shrink_shares(), [&](std::int64_t index) { down(index); },  //
+        plan_.expand_shares(), [&](std::int64_t index) { up(index); });
   }
 
  private:
-  std::int64_t table(std::int64_t slot) const { return (slot * args_.layers + args_.layer) * 2 + args_.site; }
+  Factor<W> factor(const LowRankPart& part) const { return {arena_, part.pages, part.rank, part.width}; }
 
-  void update(const Task& task) const {
-    const std::int64_t at = table(task.slot), width = args_.width[at], columns = args_.columns;
-    const Factor<W> down{arena_, args_.down_page + at * args_.pages, width, columns};
-    const Factor<W> up{arena_, args_.up_page + at * args_.pages, width, columns};
-    auto* t = scratch<float>(static_cast<std::size_t>(task.tokens * (width + columns) + width));
-    float* bias = t + task.tokens * width;
-    float* z = bias + width;
-    read_input(static_cast<Input>(args_.input_mode[task.slot]), task.token * columns, task.tokens * columns, z);
-    shrink(z, task.tokens, down, t, width);
-    widen_row(arena_ + args_.down_bias[at], width, bias);
-    const auto kind = static_cast<Activation>(args_.activation[task.slot]);
-    for (std::int64_t m = 0; m < task.tokens; ++m) {
-      for (std::int64_t i = 0; i < width; ++i) t[m * width + i] = activate(kind, t[m * width + i] + bias[i]);
+  void down(std::int64_t index) const {
+    const LowRankPart& part = plan_.shrinks()[index];
+    const LowRankBlock& block = plan_.block(part.block);
+    const std::int64_t columns = args_.columns, rows = part.end - part.first;
+    auto* z = scratch<float>(static_cast<std::size_t>(block.tokens * columns + rows));
+    float* bias = z + block.tokens * columns;
+    read_input(static_cast<Input>(args_.input_mode[block.slot]), block.token * columns, block.tokens * columns, z);
+    float* t = plan_.inner() + block.inner + part.first;
+    shrink(z, block.tokens, factor(part).rows(part.first, part.end), t, block.rank);
+    widen_row(arena_ + args_.down_bias[block.table] + part.first, rows, bias);
+    const auto kind = static_cast<Activation>(args_.activation[block.slot]);
+    for (std::int64_t m = 0; m < block.tokens; ++m, t += block.rank) {
+      for (std::int64_t i = 0; i < rows; ++i) t[i] = activate(kind, t[i] + bias[i]);
     }
-    const Vec scale = broadcast(args_.scale[at]);
-    const W* up_bias = arena_ + args_.up_bias[at];
-    float* stream = args_.stream + task.token * columns;
-    expand(t, task.tokens, up, {0, columns}, [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
-      float* to = stream + m * columns + first;
+  }
+
+  void up(std::int64_t index) const {
+    const LowRankPart& part = plan_.expands()[index];
+    const LowRankBlock& block = plan_.block(part.block);
+    const Vec scale = broadcast(args_.scale[block.table]);
+    const W* bias = arena_ + args_.up_bias[block.table];
+    float* stream = args_.stream + block.token * args_.columns;
+    const auto add_to = [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
+      float* to = stream + m * args_.columns + first;
       for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
-        const Vec delta = add(load_part(up_bias + first + at, lanes), load_part(sums + at, lanes));
+        const Vec delta = add(load_part(bias + first + at, lanes), load_part(sums + at, lanes));
         store_part(to + at, lanes, fma(scale, delta, load_part(to + at, lanes)));
       });
-    });
+    };
+    expand(plan_.inner() + block.inner, block.tokens, factor(part), {part.first, part.end}, add_to);
   }
 
   void read_input(Input mode, std::int64_t first, std::int64_t count, float* z) const {
@@ -137,12 +134,27 @@ class Bottleneck {
   }
 
   const BottleneckAdd& args_;
+  LowRankPlan& plan_;
   const W* arena_;
 };
 
 }  // namespace
 
+void plan_bottleneck(const BottleneckAdd& args, LowRankPlan& plan) {
+  const LoraAdd::Slice all{args.site, 0, args.columns};
+  plan.make({args.start, args.slot, args.arena, args.width, args.down_page, args.up_page, &all, args.arena_dtype,
+             args.columns, args.segments, 1, args.layer, args.layers, kSites, args.pages, args.threads},
+            {kTokenBlock, kPanel});
+}
+
 void bottleneck_add(const BottleneckAdd& args) {
+  if (args.plan == nullptr) {
+    LowRankPlan plan;
+    plan_bottleneck(args, plan);
+    BottleneckAdd planned = args;
+    planned.plan = &plan;
+    return bottleneck_add(planned);
+  }
   with_type(args.arena_dtype, [&](auto weight) { Bottleneck<typename decltype(weight)::type>(args).run(); });
 }
 

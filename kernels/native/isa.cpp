@@ -27,6 +27,8 @@ const Ops& avx512_bf16_ops() {
     all.linear_logits = avx512_bf16::linear_logits;
     all.lora_add = avx512_bf16::lora_add;
     all.plan_lora = avx512_bf16::plan_lora;
+    all.lora_begin = avx512_bf16::lora_begin;
+    all.lora_end = avx512_bf16::lora_end;
     return all;
   }();
   return ops;

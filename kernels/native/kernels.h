@@ -17,7 +17,10 @@ void paged_attention(const PagedAttention& args);
 void lora_add(const LoraAdd& args);
 void bottleneck_add(const BottleneckAdd& args);
 void sample(const Sample& args);
-void plan_lora(const LoraAdd& args, LoraPlan& plan);
 void plan_attention(const PagedAttention& args, AttentionPlan& plan);
+void plan_lora(const LoraAdd& args, LowRankPlan& plan);
+void plan_bottleneck(const BottleneckAdd& args, LowRankPlan& plan);
+void lora_begin(const void* args, int thread);
+void lora_end(const void* args, int thread);
 
 }  // namespace peftserve::PEFTSERVE_ISA

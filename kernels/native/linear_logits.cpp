@@ -227,7 +227,7 @@ class RowProduct {
       sums[i.value / kOutputs][i.value % kOutputs] = zero();
     });
     for (std::int64_t word = 0; word < width_; word += kLanes) {
-      for (std::int64_t at = 0; at < step; at += kLine) __builtin_prefetch(ahead + at, 0, kSecondLevel);
+      for (std::int64_t at = 0; at < step; at += kLine) __builtin_prefetch(ahead + at, 0, kFirstLevel);
       ahead += step;
       Vec inputs[kRows];
       unroll<kRows>([&](auto r) __attribute__((always_inline)) { inputs[r.value] = load(x + r.value * width_ + word); });

@@ -1,56 +1,56 @@
-// y += scale * (x A^T) B^T by segment and slice, and a DoRA's columns scaled. Who computes what, lora_plan.h says.
+// y += scale * (x A^T) B^T by segment and slice, and a DoRA's columns scaled. Who computes what, low_rank_plan.h says.
 #include "kernels.h"
-#include "lora_plan.h"
 #include "low_rank.h"
+#include "low_rank_plan.h"
 #include "parallel.h"
 
 namespace peftserve::PEFTSERVE_ISA {
 namespace {
 
+// The plan of `args` must be made.
 template <class T, class W>
 class Update {
  public:
-  Update(const LoraAdd& args, const LoraPlan& plan)
-      : args_(args),
-        plan_(plan),
-        y_(static_cast<T*>(args.y)),
-        arena_(static_cast<const W*>(args.arena)),
-        inner_(scratch<float, kInner>(static_cast<std::size_t>(plan.inner()))),
-        shrinks_(plan.shrinks()),
-        expands_(plan.expands()) {}
+  explicit Update(const LoraAdd& args)
+      : args_(args), plan_(*args.plan), y_(static_cast<T*>(args.y)), arena_(static_cast<const W*>(args.arena)) {}
 
   void run() const {
-    parallel_shares(plan_.team(), shrinks_.bounds, [&](std::int64_t index) { shrink_part(index); });
-    parallel_shares(plan_.team(), expands_.bounds, [&](std::int64_t index) { expand_part(index); });
+    parallel_shares(
+        plan_.shrink_shares(), [&](std::int64_t index) { shrink_part(index); },  //
+        plan_.expand_shares(), [&](std::int64_t index) { expand_part(index); });
+  }
+  void begin(int thread) const {
+    plan_.shrink_shares().take(thread, [&](std::int64_t index) { shrink_part(index); });
+  }
+  void end(int thread) const {
+    plan_.expand_shares().take(thread, [&](std::int64_t index) { expand_part(index); });
   }
 
  private:
   static constexpr bool kSplit = Pairs<T>::kSplit && std::is_same_v<T, W>;
 
-  static constexpr int kInner = 2;  // which scratch memory holds the products with A
-
   // The A or B that a part is of.
-  Factor<W> factor(const LoraPart& part) const { return {arena_, part.pages, part.rank, part.width}; }
+  Factor<W> factor(const LowRankPart& part) const { return {arena_, part.pages, part.rank, part.width}; }
 
   // What weights pushed out of the second level since the linear layer wrote it: the columns first .. end of one token.
   // Inlined, since GCC takes a function that only prefetches for one without effect.
-  [[gnu::always_inline]] void fetch_output(const LoraBlock& block, std::int64_t first, std::int64_t end) const {
+  [[gnu::always_inline]] void fetch_output(const LowRankBlock& block, std::int64_t first, std::int64_t end) const {
     const T* y = y_ + block.token * args_.y_stride + args_.slice[block.slice].offset;
     for (; first < end; first += 64 / static_cast<std::int64_t>(sizeof(T))) __builtin_prefetch(y + first, 1);
   }
 
   // Rows are too few and too short for the hardware to run ahead, so each part fetches the first of the part after it.
   void shrink_part(std::int64_t index) const {
-    const LoraPart& part = shrinks_.parts[index];
+    const LowRankPart& part = plan_.shrinks()[index];
     NextRows<W> after;
-    if (index + 1 < shrinks_.bounds[plan_.team()]) {
-      const LoraPart& next = shrinks_.parts[index + 1];
+    if (index + 1 < plan_.shrink_shares().count()) {
+      const LowRankPart& next = plan_.shrinks()[index + 1];
       after = {factor(next).row(next.first), next.width};
     }
-    const LoraBlock& block = plan_.block(part.block);
+    const LowRankBlock& block = plan_.block(part.block);
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
     const Factor<W> rows = factor(part).rows(part.first, part.end);
-    float* t = inner_ + block.inner + part.first;
+    float* t = plan_.inner() + block.inner + part.first;
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
     if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank, after);
 #endif
@@ -62,18 +62,18 @@ class Update {
   }
 
   void expand_part(std::int64_t index) const {
-    const LoraPart& part = expands_.parts[index];
+    const LowRankPart& part = plan_.expands()[index];
     NextRows<W> after;
-    if (index + 1 < expands_.bounds[plan_.team()]) {
-      const LoraPart& next = expands_.parts[index + 1];
+    if (index + 1 < plan_.expand_shares().count()) {
+      const LowRankPart& next = plan_.expands()[index + 1];
       after = {factor(next).row(0) + next.first, next.width};
       fetch_output(plan_.block(next.block), next.first, next.end);
     }
-    const LoraBlock& block = plan_.block(part.block);
+    const LowRankBlock& block = plan_.block(part.block);
     const Columns columns{part.first, part.end};
     const LoraAdd::Slice& slice = args_.slice[block.slice];
     const Factor<W> b = factor(part);
-    const float* t = inner_ + block.inner;
+    const float* t = plan_.inner() + block.inner;
     const Vec scale = broadcast(args_.scale[block.table]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[block.table];
     T* y = y_ + block.token * y_stride + slice.offset;
@@ -96,30 +96,46 @@ class Update {
   }
 
   const LoraAdd& args_;
-  const LoraPlan& plan_;
+  LowRankPlan& plan_;
   T* y_;
   const W* arena_;
-  float* inner_;
-  LoraShares shrinks_, expands_;
 };
 
-void run(const LoraAdd& args, const LoraPlan& plan) {
+// body(Update) of the types of `args`.
+template <class Body>
+void with_update(const LoraAdd& args, const Body& body) {
   with_type(args.dtype, [&](auto element) {
     with_type(args.arena_dtype, [&](auto weight) {
-      Update<typename decltype(element)::type, typename decltype(weight)::type>(args, plan).run();
+      body(Update<typename decltype(element)::type, typename decltype(weight)::type>(args));
     });
   });
 }
 
+const LoraAdd& lora(const void* args) { return *static_cast<const LoraAdd*>(args); }
+
 }  // namespace
 
-void plan_lora(const LoraAdd& args, LoraPlan& plan) { plan.make(args, {kTokenBlock, kPanel}); }
+void plan_lora(const LoraAdd& args, LowRankPlan& plan) {
+  plan.make({args.start, args.slot, args.arena, args.rank, args.a_page, args.b_page, args.slice, args.arena_dtype,
+             args.columns, args.segments, args.slices, args.layer, args.layers, args.targets, args.pages, args.threads},
+            {kTokenBlock, kPanel});
+}
+
+void lora_begin(const void* args, int thread) {
+  with_update(lora(args), [&](const auto& update) { update.begin(thread); });
+}
+
+void lora_end(const void* args, int thread) {
+  with_update(lora(args), [&](const auto& update) { update.end(thread); });
+}
 
 void lora_add(const LoraAdd& args) {
-  if (args.plan != nullptr) return run(args, *args.plan);
-  LoraPlan plan;
+  if (args.plan != nullptr) return with_update(args, [](const auto& update) { update.run(); });
+  LowRankPlan plan;
   plan_lora(args, plan);
-  run(args, plan);
+  LoraAdd planned = args;
+  planned.plan = &plan;
+  lora_add(planned);
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -155,11 +155,13 @@ class Product {
   void run() const {
     const int team = team_size(args_.threads, args_.rows * args_.columns * args_.outputs);
     if (args_.rows <= Fused<Dot>::kRows) {
-      parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) { few_rows<1>(begin, end); });
-      return;
+      return parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) { few_rows<1>(begin, end); },
+                             args_.sequel);
     }
     if (args_.rows >= team * kOwnRows) return own_rows(team);
-    for_chunks(0, args_.rows, [&](std::int64_t first, std::int64_t rows) { own_outputs(team, first, rows); });
+    for_chunks(0, args_.rows, [&](std::int64_t first, std::int64_t rows) {
+      own_outputs(team, first, rows, first + rows == args_.rows ? args_.sequel : nullptr);
+    });
   }
 
  private:
@@ -188,22 +190,22 @@ class Product {
   void own_rows(int team) const {
     parallel_ranges(team, args_.rows, [&](std::int64_t begin, std::int64_t end) {
       for_chunks(begin, end, [&](std::int64_t first, std::int64_t rows) { packed_chunk(first, rows, 0, groups_); });
-    });
+    }, args_.sequel);
   }
 
   // Else each thread computes some outputs of all rows. From so many outputs a thread on, packing all of x oneself costs less
   // than reading what another core packed.
   static constexpr std::int64_t kOwnPack = 256;
-  void own_outputs(int team, std::int64_t first, std::int64_t rows) const {
+  void own_outputs(int team, std::int64_t first, std::int64_t rows, const Sequel* sequel) const {
     if (args_.outputs >= team * kOwnPack) {
       return parallel_ranges(team, groups_, [&](std::int64_t begin, std::int64_t end) {
         packed_chunk(first, rows, begin, end);
-      });
+      }, sequel);
     }
     auto* units = scratch<std::uint32_t>(unit_count(rows));
     parallel_phases(
         team, rows, [&](std::int64_t begin, std::int64_t end) { pack(first, rows, begin, end, units); }, groups_,
-        [&](std::int64_t begin, std::int64_t end) { chunk(units, first, rows, begin, end); });
+        [&](std::int64_t begin, std::int64_t end) { chunk(units, first, rows, begin, end); }, sequel);
   }
 
   void packed_chunk(std::int64_t first, std::int64_t rows, std::int64_t begin, std::int64_t end) const {

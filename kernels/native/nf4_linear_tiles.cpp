@@ -60,7 +60,7 @@ class TileProduct {
         Chunk chunk(first, args_.rows - first < kChunkRows ? args_.rows - first : kChunkRows);
         multiply(chunk, begin, end);
       }
-    });
+    }, args_.sequel);
   }
 
  private:

@@ -18,8 +18,11 @@ const Ops kOps{
     .lora_add = lora_add,
     .bottleneck_add = bottleneck_add,
     .sample = sample,
-    .plan_lora = plan_lora,
     .plan_attention = plan_attention,
+    .plan_lora = plan_lora,
+    .plan_bottleneck = plan_bottleneck,
+    .lora_begin = lora_begin,
+    .lora_end = lora_end,
 #if defined(PEFTSERVE_SIMD_AVX512_VNNI)
     .int8_inputs = true,
 #else

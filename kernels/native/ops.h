@@ -11,7 +11,14 @@
 namespace peftserve {
 
 class AttentionPlan;
-class LoraPlan;
+class LowRankPlan;
+
+// What the threads of a product do when they have computed it, before they part: an op that adds to its result.
+struct Sequel {
+  void (*begin)(const void* op, int thread);  // needs nothing of the result
+  void (*end)(const void* op, int thread);    // after all threads have the result, and have done their part of `begin`
+  const void* op;
+};
 
 struct Nf4Linear {
   const void* x;                // [rows, columns] of `dtype`
@@ -24,6 +31,7 @@ struct Nf4Linear {
   bool int8_inputs;  // x, bfloat16, is rounded to 8 bits: where Ops::int8_inputs
   int threads;
   const Upcoming* upcoming;  // fetched meanwhile; or null
+  const Sequel* sequel;      // or null
 };
 
 struct LinearLogits {
@@ -107,7 +115,7 @@ struct PagedAttention {
   std::int64_t window;  // 0 for none
   float scale;
   int threads;
-  const AttentionPlan* plan;  // made for just these arguments; or null
+  AttentionPlan* plan;  // made for just these arguments; or null
 };
 
 struct LoraAdd {
@@ -129,7 +137,7 @@ struct LoraAdd {
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, y_stride, segments, slices, layer, layers, targets, pages;
   int threads;
-  const LoraPlan* plan;  // made for just these arguments; or null
+  LowRankPlan* plan;  // made for just these arguments; or null
 };
 
 struct BottleneckAdd {
@@ -150,6 +158,7 @@ struct BottleneckAdd {
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, segments, layer, site, layers, pages;
   int threads;
+  LowRankPlan* plan;  // made for just these arguments; or null
 };
 
 struct Sample {
@@ -178,8 +187,12 @@ struct Ops {
   void (*bottleneck_add)(const BottleneckAdd&);
   void (*sample)(const Sample&);
   // Who will compute what. The inputs of the op need not be there yet, its tables must, and stay until it has run.
-  void (*plan_lora)(const LoraAdd&, LoraPlan&);
   void (*plan_attention)(const PagedAttention&, AttentionPlan&);
+  void (*plan_lora)(const LoraAdd&, LowRankPlan&);
+  void (*plan_bottleneck)(const BottleneckAdd&, LowRankPlan&);
+  // What one thread does of a planned lora_add, as a Sequel.
+  void (*lora_begin)(const void*, int);
+  void (*lora_end)(const void*, int);
   bool int8_inputs;  // whether nf4_linear has them
 };
 
@@ -192,7 +205,9 @@ void linear_logits(const LinearLogits& args);
 namespace avx512_bf16 {
 void linear_logits(const LinearLogits& args);
 void lora_add(const LoraAdd& args);
-void plan_lora(const LoraAdd& args, LoraPlan& plan);
+void plan_lora(const LoraAdd& args, LowRankPlan& plan);
+void lora_begin(const void* args, int thread);
+void lora_end(const void* args, int thread);
 }  // namespace avx512_bf16
 namespace avx512_vnni {
 extern const Ops kOps;

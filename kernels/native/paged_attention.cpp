@@ -75,10 +75,10 @@ class Attention {
     for (int i = 0; i < kKeys; ++i) positions_[i] = static_cast<float>(i);
   }
 
-  void run(const AttentionPlan& plan) const {
+  void run(AttentionPlan& plan) const {
     const AttentionTask* tasks = plan.tasks();
     const std::int64_t count = plan.count(), heads = plan.heads();
-    parallel_shares(plan.team(), plan.bounds(), [&](std::int64_t group) {
+    parallel_shares(plan.shares(), [&](std::int64_t group) {
       for (std::int64_t index = group * heads; index < (group + 1) * heads; ++index) {
         attend(tasks[index], index + 1 < count ? &tasks[index + 1] : nullptr);
       }

@@ -44,13 +44,18 @@ inline int core() {
 // Returns when `value` is no longer `old`. `may_stay()`: whether looking on keeps nobody of the pool waiting.
 template <class MayStay>
 void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old, const MayStay& may_stay) {
+  const auto has_changed = [&] {
+    for (int look = 0; look < kLooks; ++look) {
+      if (value.load(std::memory_order_acquire) != old) return true;
+      relax();
+    }
+    return false;
+  };
+  if (has_changed()) return;  // mostly; the clock takes longer to read
   const auto start = std::chrono::steady_clock::now();
   for (auto waited = start - start; waited < kSpin || (waited < kAwake && may_stay());
        waited = std::chrono::steady_clock::now() - start) {
-    for (int look = 0; look < kLooks; ++look) {
-      if (value.load(std::memory_order_acquire) != old) return;
-      relax();
-    }
+    if (has_changed()) return;
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
@@ -91,6 +96,7 @@ void Pool::start(int threads, Call call, const void* context) {
   context_ = context;
   team_ = threads;
   unfinished_.store(static_cast<std::uint32_t>(workers_.size()), std::memory_order_relaxed);
+  met_.store(0, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   note_core(0);
@@ -99,6 +105,16 @@ void Pool::start(int threads, Call call, const void* context) {
     const std::uint32_t left = unfinished_.load(std::memory_order_acquire);
     if (left == 0) return;
     wait_for_change(unfinished_, left, [&] { return has_core(0); });
+  }
+}
+
+void Pool::meet(int team) {
+  if (team <= 1) return;
+  const auto size = static_cast<std::uint32_t>(team);
+  const std::uint32_t came = met_.fetch_add(1, std::memory_order_acq_rel) + 1, all = (came + size - 1) / size * size;
+  if (came == all) return met_.notify_all();
+  for (std::uint32_t now; (now = met_.load(std::memory_order_acquire)) < all;) {
+    wait_for_change(met_, now, [&] { return has_core(this_thread); });
   }
 }
 

@@ -26,6 +26,9 @@ class Pool {
           &job);
   }
 
+  // Within a job: returns when all threads of the team have come here as often. What they wrote before, all see.
+  void meet(int team);
+
   // Which of a team the calling thread is; 0 for one that is not of the pool.
   static int thread();
 
@@ -53,6 +56,7 @@ class Pool {
   const void* context_ = nullptr;
   std::atomic<int> team_{0};
   alignas(64) std::atomic<std::uint32_t> unfinished_{0};  // workers that have not answered the job yet
+  alignas(64) std::atomic<std::uint32_t> met_{0};         // how often threads came to `meet` in this job
 };
 
 }  // namespace peftserve

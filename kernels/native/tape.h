@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "attention_plan.h"
-#include "lora_plan.h"
+#include "low_rank_plan.h"
 #include "ops.h"
 
 namespace peftserve {
@@ -59,9 +59,18 @@ std::int64_t sequences_of(const Args& args) {
   return 0;
 }
 
+// How the work of an op is planned.
+template <class Args, class SomePlan>
+struct Planned {
+  void (*plan)(const Args&, SomePlan&);
+  int lead;  // which product before it fetches what it will read, the last (1) or the one before that (2)
+  void (*begin)(const void*, int) = nullptr;  // the op as a Sequel of a product that it follows and adds to; or null
+  void (*end)(const void*, int) = nullptr;
+};
+
 // Calls of ops in order, with all their arguments, to be made for steps of any size up to the recorded one: addresses must
 // stay valid, what lies there may change. Since it is known what comes, products of weights fetch what other calls will
-// read (see Upcoming).
+// read (see Upcoming), and their threads go on with what is added to the result (see Sequel).
 class Tape {
  public:
   Tape() = default;
@@ -82,7 +91,9 @@ class Tape {
     if (step.tokens > most_.tokens || step.sequences > most_.sequences || step.sampled > most_.sampled) {
       throw std::invalid_argument("this tape was recorded for smaller steps");
     }
-    lora_->call = attention_->call = kNone;  // whatever became of the step before
+    lora_.forget();  // whatever became of the step before
+    bottleneck_.forget();
+    attention_.forget();
     for (std::size_t at = 0; at < calls_.size(); ++at) {
       const std::int64_t rows = step.count(calls_[at].rows);
       if (rows == 0) continue;
@@ -97,7 +108,10 @@ class Tape {
     Call& call = note(args);
     call.make = [this, op, args = Args(args)](std::int64_t rows, std::int64_t sequences) mutable {
       resize(args, rows, sequences);
-      if constexpr (std::is_same_v<Args, Nf4Linear>) args.upcoming = &upcoming_;
+      if constexpr (std::is_same_v<Args, Nf4Linear>) {
+        args.upcoming = &upcoming_;
+        args.sequel = sequel_.op == nullptr ? nullptr : &sequel_;
+      }
       if constexpr (std::is_same_v<Result, bool>) {
         return op(args);
       } else {
@@ -105,29 +119,38 @@ class Tape {
         return true;
       }
     };
-    call.fetches = std::is_same_v<Args, Nf4Linear>;
+    if constexpr (std::is_same_v<Args, Nf4Linear>) {
+      call.fetches = true;
+      product_ = {calls_.size() - 1, args.x, args.y};
+    }
   }
 
-  // An op whose work is planned; `lead`: which product before it fetches what it will read, the last (1) or the one before
-  // that (2).
   template <class Args, class SomePlan>
-  void add(void (*op)(const Args&), const Args& args, void (*make_plan)(const Args&, SomePlan&), int lead) {
+  void add(void (*op)(const Args&), const Args& args, const Planned<Args, SomePlan>& planned) {
     const std::size_t index = calls_.size();
-    PlanOf<SomePlan>* one = plan_of<SomePlan>();
+    PlanOf<Args, SomePlan>* one = plan_of(args);
+    const Sequel sequel = sequel_of(index, args, planned);
     Call& call = note(args);
-    call.lead = lead;
-    call.plan = [this, make_plan, one, index, args = Args(args)](std::int64_t rows, std::int64_t sequences) mutable {
+    call.lead = planned.lead;
+    call.plan = [this, make_plan = planned.plan, sequel, one, index, args = Args(args)](std::int64_t rows,
+                                                                                       std::int64_t sequences) mutable {
       if (one->call != kNone) return;  // for an op that comes before
       resize(args, rows, sequences);
       make_plan(args, one->plan);
       one->call = index;
       upcoming_.add(one->plan);
+      if constexpr (std::is_same_v<Args, LoraAdd>) {
+        if (sequel.begin == nullptr || one->plan.empty()) return;
+        args.plan = &one->plan;
+        sequel_ = {sequel.begin, sequel.end, &args};
+        one->has_run = true;  // when it is its turn
+      }
     };
     call.make = [op, one, index, args = Args(args)](std::int64_t rows, std::int64_t sequences) mutable {
       resize(args, rows, sequences);
       args.plan = one->call == index ? &one->plan : nullptr;
-      op(args);
-      if (args.plan != nullptr) one->call = kNone;
+      if (args.plan == nullptr || !one->has_run) op(args);
+      if (args.plan != nullptr) one->forget();
       return true;
     };
   }
@@ -147,19 +170,31 @@ class Tape {
   };
 
   // All ops of a kind share one plan: each is planned after the one before has run.
-  template <class SomePlan>
+  template <class Args, class SomePlan>
   struct PlanOf {
     SomePlan plan;
     std::size_t call = kNone;  // that it is for
+    bool has_run = false;      // by the time of that call, as the sequel of a product
+
+    void forget() {
+      call = kNone;
+      has_run = false;
+    }
   };
 
-  template <class SomePlan>
-  PlanOf<SomePlan>* plan_of() {
-    if constexpr (std::is_same_v<SomePlan, LoraPlan>) {
-      return lora_.get();
-    } else {
-      return attention_.get();
+  auto* plan_of(const LoraAdd&) { return &lora_; }
+  auto* plan_of(const BottleneckAdd&) { return &bottleneck_; }
+  auto* plan_of(const PagedAttention&) { return &attention_; }
+
+  // The op at `index` as the sequel of the call before it, where that is a product of the same x to the same y.
+  template <class Args, class SomePlan>
+  Sequel sequel_of(std::size_t index, const Args& args, const Planned<Args, SomePlan>& planned) const {
+    if constexpr (std::is_same_v<Args, LoraAdd>) {
+      if (product_.call + 1 == index && product_.x == args.x && product_.y == args.y) {
+        return {planned.begin, planned.end, nullptr};
+      }
     }
+    return {};
   }
 
   template <class Args>
@@ -173,6 +208,7 @@ class Tape {
 
   void look_ahead(std::size_t at, const Extent& step) {
     upcoming_.clear();
+    sequel_ = {};
     for (int lead = 1; at < calls_.size(); ++at) {
       const Call& call = calls_[at];
       if (call.fetches && ++lead > kMostLead) return;
@@ -184,8 +220,16 @@ class Tape {
   Extent most_;
   Rows rows_ = Rows::kTokens;
   Upcoming upcoming_;
-  std::unique_ptr<PlanOf<LoraPlan>> lora_ = std::make_unique<PlanOf<LoraPlan>>();
-  std::unique_ptr<PlanOf<AttentionPlan>> attention_ = std::make_unique<PlanOf<AttentionPlan>>();
+  Sequel sequel_{};  // of the next product
+  // The last product that was recorded.
+  struct {
+    std::size_t call;
+    const void* x;
+    const void* y;
+  } product_{};
+  PlanOf<LoraAdd, LowRankPlan> lora_;
+  PlanOf<BottleneckAdd, LowRankPlan> bottleneck_;
+  PlanOf<PagedAttention, AttentionPlan> attention_;
 };
 
 // Makes the call, or records it where a tape is being recorded; what comes after the arguments, Tape::add says.

@@ -7,6 +7,7 @@ import torch
 
 from peftserve_kernels import (
     Segments,
+    bottleneck_add,
     embedding,
     lora_add,
     nf4_linear,
@@ -18,8 +19,11 @@ from peftserve_kernels import (
 from peftserve_kernels.capture import CaptureError, CaptureGuard
 from peftserve_kernels.cpu.extension import HAS_NATIVE
 from peftserve_kernels.cpu.tape import Tape, TapeMemory
+from tests.kernels.native import ISAS, THREADS, isa, same_bits, threads
 from tests.kernels.nf4_oracle import quantize
-from tests.kernels.test_native_lora import make_slices, make_weights
+from tests.kernels.test_native_bottleneck import make_weights as make_bottleneck
+from tests.kernels.test_native_lora import make_slices
+from tests.kernels.test_native_lora import make_weights as make_lora
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the extension is not built")
 
@@ -82,7 +86,7 @@ def test_a_larger_step_than_the_recorded_one_is_refused() -> None:
 def test_each_planned_op_has_a_plan_of_its_own() -> None:
     """A product makes the plans of the updates after it: here of several, and of others at the next step."""
     slices = make_slices(64, (96, 64))
-    lora = make_weights([(3, 8), (17, 0), (0, 5)], slices, torch.bfloat16)
+    lora = make_lora([(3, 8), (17, 0), (0, 5)], slices, torch.bfloat16)
     weight = prepare_nf4(quantize(torch.randn(160, 64))[0])
     x, slot = torch.randn(40, 64).bfloat16(), torch.zeros(4, dtype=torch.int32)
     start = torch.zeros(5, dtype=torch.int32)
@@ -108,6 +112,50 @@ def test_each_planned_op_has_a_plan_of_its_own() -> None:
         tape.replay(starts[-1], sequences=4)
         expected = updates(x[: starts[-1]], Segments.build(starts, slots))
         torch.testing.assert_close(y[: starts[-1]], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@pytest.mark.parametrize("outputs", [(96, 64), (512, 128)])
+def test_updates_that_a_product_goes_on_with_have_the_bits_of_separate_calls(
+    isa_name: str, outputs: tuple[int, int]
+) -> None:
+    """The products are of all ways to split one, the updates of more parts and of fewer than there are threads."""
+    columns = 576
+    slices = make_slices(columns, outputs)
+    lora = make_lora([(3, 8), (64, 17), (0, 1), (0, 0)], slices, torch.bfloat16)
+    bottleneck = make_bottleneck([(5, 0), (0, 64), (0, 0), (96, 1)], sum(outputs), torch.bfloat16)
+    weight = prepare_nf4(quantize(torch.randn(sum(outputs), columns))[0])
+    x, stream = torch.randn(300, columns).bfloat16(), torch.randn(300, sum(outputs))
+    start, slot = torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+
+    def run(rows: int, segments: Segments) -> tuple[torch.Tensor, ...]:
+        results = []
+        for layer in (0, 1):
+            y = nf4_linear(x[:rows], weight)
+            lora_add(y, x[:rows], segments, lora, layer, slices)
+            after = residual_add(stream[:rows], y, in_place=False)
+            bottleneck_add(after, y, stream[:rows], segments, bottleneck, layer, layer)
+            results += [y, after]
+        return tuple(results)
+
+    with isa(isa_name):
+        expected = {}
+        for starts in ((0, 0, 1, 1, 1), (0, 2, 5, 6, 8), (0, 1, 30, 30, 40), (0, 100, 270, 280, 300)):
+            for slots in ((1, 0, 3, 2), (2, 1, 0, 3), (3, 3, 2, 2)):
+                with threads(1):
+                    expected[starts, slots] = run(starts[-1], Segments.build(starts, slots))
+        for count in THREADS:
+            memory = TapeMemory()
+            tape = Tape(memory)
+            with threads(count), tape.recording():
+                segments = Segments(start, slot, (), torch.empty((0, 3), dtype=torch.int32))
+                results = [memory.keep(result) for result in run(300, segments)]
+            for (starts, slots), wanted in expected.items():
+                start.copy_(torch.tensor(starts))
+                slot.copy_(torch.tensor(slots))
+                tape.replay(starts[-1], sequences=4)
+                for result, want in zip(results, wanted, strict=True):
+                    assert same_bits(result[: starts[-1]], want), f"{starts}, {slots}, {count} threads"
 
 
 def test_memory_is_used_again_within_a_tape_and_between_tapes() -> None:
