@@ -15,7 +15,7 @@ namespace peftserve::PEFTSERVE_ISA {
 // step of 32 take 6 % longer). In runs, since to note and read the address of each takes time beside the product (8 and 32
 // streams: 2 %); the end of a run may lie past what is read.
 struct TurnLines {
-  static constexpr int kCells = kBlock / kCell, kRun = 4;
+  static constexpr int kCells = kBlock / kCell, kRun = 3;
   static constexpr std::int64_t kLine = 64;
 
   const char* at[kCells];
