@@ -76,6 +76,12 @@ def test_refuses_what_only_re2_reads(pattern: str) -> None:
         compile_fullmatch(pattern)
 
 
+def test_ranges_beyond_latin_1() -> None:
+    matches = compile_fullmatch("(?i)[!-\uffff]+_PROJ[\u0100-\u0200\uff00-\uffff]?")
+    accepted = [text for text in ("\u1234_proj", "q_proj\u0180", "q_proj\u0250", "_proj") if matches(text)]
+    assert accepted == ["\u1234_proj", "q_proj\u0180"]
+
+
 def test_refuses_too_much() -> None:
     with pytest.raises(ValueError, match="2001 characters"):
         compile_fullmatch("a" * 2001)
