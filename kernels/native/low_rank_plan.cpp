@@ -27,7 +27,6 @@ LowRankPlan::LowRankPlan() = default;
 LowRankPlan::~LowRankPlan() = default;
 
 bool LowRankPlan::empty() const { return blocks_.empty(); }
-int LowRankPlan::team() const { return team_; }
 const LowRankBlock& LowRankPlan::block(std::int64_t index) const { return blocks_[static_cast<std::size_t>(index)]; }
 const LowRankPart* LowRankPlan::shrinks() const { return shrinks_.parts.data(); }
 const LowRankPart* LowRankPlan::expands() const { return expands_.parts.data(); }

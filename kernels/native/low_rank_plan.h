@@ -63,7 +63,6 @@ class LowRankPlan final : public Plan {
   void make(const LowRankFactors& factors, const LowRankTiles& tiles);
 
   bool empty() const;
-  int team() const;
   const LowRankBlock& block(std::int64_t index) const;
   const LowRankPart* shrinks() const;
   const LowRankPart* expands() const;

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -232,7 +231,7 @@ class Tape {
   PlanOf<PagedAttention, AttentionPlan> attention_;
 };
 
-// Makes the call, or records it where a tape is being recorded; what comes after the arguments, Tape::add says.
+// Makes the call, or records it where a tape is being recorded; `more`: how it is Planned, if it is.
 template <class Result, class Args, class... More>
 bool call(Result (*op)(const Args&), const Args& args, More... more) {
   if (Tape::recording != nullptr) {
