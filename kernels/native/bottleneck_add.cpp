@@ -87,8 +87,6 @@ class Bottleneck {
   }
 
  private:
-  Factor<W> factor(const LowRankPart& part) const { return {arena_, part.pages, part.rank, part.width}; }
-
   void down(std::int64_t index) const {
     const LowRankPart& part = plan_.shrinks()[index];
     const LowRankBlock& block = plan_.block(part.block);
@@ -97,8 +95,8 @@ class Bottleneck {
     float* bias = z + block.tokens * columns;
     read_input(static_cast<Input>(args_.input_mode[block.slot]), block.token * columns, block.tokens * columns, z);
     float* t = plan_.inner() + block.inner + part.first;
-    shrink(z, block.tokens, factor(part).rows(part.first, part.end), t, block.rank);
-    widen_row(arena_ + args_.down_bias[block.table] + part.first, rows, bias);
+    shrink(z, block.tokens, factor_of(plan_, part, arena_).rows(part.first, part.end), t, block.rank);
+    widen_row(arena_ + args_.down_bias[plan_.table(block)] + part.first, rows, bias);
     const auto kind = static_cast<Activation>(args_.activation[block.slot]);
     for (std::int64_t m = 0; m < block.tokens; ++m, t += block.rank) {
       for (std::int64_t i = 0; i < rows; ++i) t[i] = activate(kind, t[i] + bias[i]);
@@ -108,8 +106,8 @@ class Bottleneck {
   void up(std::int64_t index) const {
     const LowRankPart& part = plan_.expands()[index];
     const LowRankBlock& block = plan_.block(part.block);
-    const Vec scale = broadcast(args_.scale[block.table]);
-    const W* bias = arena_ + args_.up_bias[block.table];
+    const Vec scale = broadcast(args_.scale[plan_.table(block)]);
+    const W* bias = arena_ + args_.up_bias[plan_.table(block)];
     float* stream = args_.stream + block.token * args_.columns;
     const auto add_to = [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
       float* to = stream + m * args_.columns + first;
@@ -118,7 +116,7 @@ class Bottleneck {
         store_part(to + at, lanes, fma(scale, delta, load_part(to + at, lanes)));
       });
     };
-    expand(plan_.inner() + block.inner, block.tokens, factor(part), {part.first, part.end}, add_to);
+    expand(plan_.inner() + block.inner, block.tokens, factor_of(plan_, part, arena_), {part.first, part.end}, add_to);
   }
 
   void read_input(Input mode, std::int64_t first, std::int64_t count, float* z) const {

@@ -30,7 +30,7 @@ class Update {
   static constexpr bool kSplit = Pairs<T>::kSplit && std::is_same_v<T, W>;
 
   // The A or B that a part is of.
-  Factor<W> factor(const LowRankPart& part) const { return {arena_, part.pages, part.rank, part.width}; }
+  Factor<W> factor(const LowRankPart& part) const { return factor_of(plan_, part, arena_); }
 
   // What weights pushed out of the second level since the linear layer wrote it: the columns first .. end of one token.
   // Inlined, since GCC takes a function that only prefetches for one without effect.
@@ -74,8 +74,8 @@ class Update {
     const LoraAdd::Slice& slice = args_.slice[block.slice];
     const Factor<W> b = factor(part);
     const float* t = plan_.inner() + block.inner;
-    const Vec scale = broadcast(args_.scale[block.table]);
-    const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[block.table];
+    const Vec scale = broadcast(args_.scale[plan_.table(block)]);
+    const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[plan_.table(block)];
     T* y = y_ + block.token * y_stride + slice.offset;
     const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1
     const auto add_to = [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {

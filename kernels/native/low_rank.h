@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "dtypes.h"
+#include "low_rank_plan.h"
 #include "prefetch.h"
 #include "rank_pages.h"
 #include "scratch.h"
@@ -37,6 +38,12 @@ struct Factor {
   // Rows first .. end, `first` a multiple of kRankPage.
   Factor rows(std::int64_t first, std::int64_t end) const { return {arena, page + first / kRankPage, end - first, width}; }
 };
+
+// The one that a part of a plan is of.
+template <class W>
+inline Factor<W> factor_of(const LowRankPlan& plan, const LowRankPart& part, const W* arena) {
+  return {arena, plan.pages(part), part.rank, part.width};
+}
 
 struct Columns {
   std::int64_t first, end;

@@ -1,6 +1,7 @@
 #include "low_rank_plan.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "rank_pages.h"
 
@@ -19,6 +20,14 @@ std::int64_t cost(const LowRankBlock& block, std::int64_t rank, std::int64_t wid
 // Costs too fit: ranks end at 1,024.
 std::int32_t narrow(std::int64_t value) { return static_cast<std::int32_t>(value); }
 
+// Whether both are of the same adapters, whatever the layer and the tokens.
+bool same_adapters(const LowRankFactors& a, const LowRankFactors& b) {
+  const auto key = [](const LowRankFactors& f) {
+    return std::tuple(f.arena, f.a_page, f.b_page, f.arena_dtype, f.columns, f.slices, f.layers, f.targets, f.pages, f.threads);
+  };
+  return key(a) == key(b);
+}
+
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
@@ -35,26 +44,63 @@ Shares& LowRankPlan::expand_shares() { return expands_.shares; }
 float* LowRankPlan::inner() { return inner_.data(); }
 
 void LowRankPlan::make(const LowRankFactors& factors, const LowRankTiles& tiles) {
-  arena_ = static_cast<const char*>(factors.arena);
-  element_ = bytes_of(factors.arena_dtype);
-  blocks_.clear();
-  std::int64_t inner = 0, shrinking = 0, expanding = 0;
+  layer_table_ = factors.layer * factors.targets;
+  layer_pages_ = layer_table_ * factors.pages;
+  if (is_cut(factors, tiles)) {
+    shrinks_.shares.restart();
+    expands_.shares.restart();
+  } else {
+    cut(factors, tiles);
+  }
+}
+
+// body(block) for all blocks, until it is false: whether none was.
+template <class Body>
+bool LowRankPlan::all_blocks(const LowRankFactors& factors, const LowRankTiles& tiles, const Body& body) {
+  std::int64_t inner = 0;
   for (std::int64_t s = 0; s < factors.segments; ++s) {
     const std::int64_t first = factors.start[s], end = factors.start[s + 1], slot = factors.slot[s];
     if (first == end) continue;
     for (std::int64_t slice = 0; slice < factors.slices; ++slice) {
-      const std::int64_t table = (slot * factors.layers + factors.layer) * factors.targets + factors.slice[slice].target;
-      const std::int64_t rank = factors.rank[table];
+      const std::int64_t table = slot * factors.layers * factors.targets + factors.slice[slice].target;
+      const std::int64_t rank = factors.rank[table + factors.layer * factors.targets];
       if (rank == 0) continue;
       for (std::int64_t token = first; token < end; token += tiles.tokens) {
         const LowRankBlock block{token, std::min(end - token, tiles.tokens), slot, table, slice, rank, inner};
-        blocks_.push_back(block);
+        if (!body(block)) return false;
         inner += block.tokens * rank;
-        shrinking += cost(block, rank, factors.columns);
-        expanding += cost(block, rank, factors.slice[slice].outputs);
       }
     }
   }
+  return true;
+}
+
+bool LowRankPlan::is_cut(const LowRankFactors& factors, const LowRankTiles& tiles) const {
+  if (!(tiles == tiles_) || !same_adapters(factors, factors_) ||
+      !std::equal(factors.slice, factors.slice + factors.slices, slices_)) {
+    return false;
+  }
+  std::size_t count = 0;
+  return all_blocks(factors, tiles, [&](const LowRankBlock& block) {
+    return count < blocks_.size() && blocks_[count++] == block;
+  }) && count == blocks_.size();
+}
+
+void LowRankPlan::cut(const LowRankFactors& factors, const LowRankTiles& tiles) {
+  factors_ = factors;
+  std::copy_n(factors.slice, factors.slices, slices_);
+  tiles_ = tiles;
+  arena_ = static_cast<const char*>(factors.arena);
+  element_ = bytes_of(factors.arena_dtype);
+  blocks_.clear();
+  std::int64_t inner = 0, shrinking = 0, expanding = 0;
+  all_blocks(factors, tiles, [&](const LowRankBlock& block) {
+    blocks_.push_back(block);
+    inner = block.inner + block.tokens * block.rank;
+    shrinking += cost(block, block.rank, factors.columns);
+    expanding += cost(block, block.rank, factors.slice[block.slice].outputs);
+    return true;
+  });
   if (inner_.size() < static_cast<std::size_t>(inner)) inner_.resize(static_cast<std::size_t>(inner));
   team_ = team_size(factors.threads, shrinking + expanding);
   bytes_.assign(static_cast<std::size_t>(team_), 0);
@@ -141,7 +187,7 @@ bool LowRankPlan::next(int thread, Cursor& cursor, Span& span) const {
   // The tables too come from memory mostly, and the parts from the core of the thread that made the plan.
   if (cursor.part == 0) {
     for (std::int64_t ahead = cursor.item == 0 ? 1 : kTablesAhead; ahead <= kTablesAhead; ++ahead) {
-      if (const LowRankPart* later = item(thread, cursor.item + ahead)) __builtin_prefetch(later->pages);
+      if (const LowRankPart* later = item(thread, cursor.item + ahead)) __builtin_prefetch(pages(*later));
     }
     if (const LowRankPart* later = item(thread, cursor.item + kPartsAhead)) __builtin_prefetch(later);
   }
@@ -149,7 +195,7 @@ bool LowRankPlan::next(int thread, Cursor& cursor, Span& span) const {
   const std::int64_t first = is_shrink ? part->first : 0, end = is_shrink ? part->end : part->rank;
   const std::int64_t column = is_shrink ? 0 : part->first, columns = is_shrink ? part->width : part->end - part->first;
   const std::int64_t row = first + cursor.part, rows = std::min<std::int64_t>(end - row, kRankPage);
-  span.at = arena_ + (part->pages[row / kRankPage] + column) * element_;
+  span.at = arena_ + (pages(*part)[row / kRankPage] + column) * element_;
   const bool is_whole = columns == part->width;  // rows, then, which lie one after the other
   span.bytes = (is_whole ? rows * columns : columns) * element_;
   span.count = is_whole ? 1 : rows;

@@ -33,16 +33,18 @@ struct LowRankFactors {
 struct LowRankBlock {
   std::int64_t token, tokens;
   std::int64_t slot;
-  std::int64_t table;  // index of (slot, layer, target) in the tables
+  std::int64_t table;  // index of (slot, layer 0, target) in the tables
   std::int64_t slice;
   std::int64_t rank;
   std::int64_t inner;  // where its products with A begin, [tokens][rank]
+
+  bool operator==(const LowRankBlock&) const = default;
 };
 
 // All that says what it reads, in half a cache line: the threads go through them one after the other, and most of them find
 // them in another core's cache.
 struct LowRankPart {
-  const std::int64_t* pages;  // of the factor
+  const std::int64_t* pages;  // of the factor in layer 0
   std::int32_t block;
   std::int32_t first, end;  // rows of A, or columns of B
   std::int32_t rank, width;  // of the factor
@@ -52,6 +54,7 @@ struct LowRankPart {
 // What an instruction set makes of it at a time.
 struct LowRankTiles {
   std::int64_t tokens, columns;
+  bool operator==(const LowRankTiles&) const = default;
 };
 
 class LowRankPlan final : public Plan {
@@ -59,11 +62,16 @@ class LowRankPlan final : public Plan {
   LowRankPlan();
   ~LowRankPlan() override;
 
-  // The inputs of the op need not be there yet, its tables must, and stay until it has run.
+  // The inputs of the op need not be there yet, its tables must, and stay until it has run. Parts that are those of the last
+  // time but for the layer, as they mostly are while streams decode, are kept: in the caches of the threads too.
   void make(const LowRankFactors& factors, const LowRankTiles& tiles);
 
   bool empty() const;
   const LowRankBlock& block(std::int64_t index) const;
+  // Index of (slot, layer, target) in the tables.
+  [[gnu::always_inline]] std::int64_t table(const LowRankBlock& block) const { return block.table + layer_table_; }
+  // Of the factor of a part.
+  [[gnu::always_inline]] const std::int64_t* pages(const LowRankPart& part) const { return part.pages + layer_pages_; }
   const LowRankPart* shrinks() const;
   const LowRankPart* expands() const;
   // The parts as indexes, to be taken once.
@@ -82,6 +90,10 @@ class LowRankPlan final : public Plan {
     const LowRankPart* first(int thread) const { return parts.data() + shares.begin(thread); }
   };
 
+  template <class Body>
+  static bool all_blocks(const LowRankFactors& factors, const LowRankTiles& tiles, const Body& body);
+  bool is_cut(const LowRankFactors& factors, const LowRankTiles& tiles) const;
+  void cut(const LowRankFactors& factors, const LowRankTiles& tiles);
   void cut_shrinks(const LowRankFactors& factors, std::int64_t total);
   void cut_expands(const LowRankFactors& factors, const LowRankTiles& tiles);
   template <class Weights>
@@ -89,6 +101,11 @@ class LowRankPlan final : public Plan {
 
   const LowRankPart* item(int thread, std::int64_t index) const;
 
+  // What it was cut for.
+  LowRankFactors factors_{};
+  LoraAdd::Slice slices_[LoraAdd::kMostSlices];
+  LowRankTiles tiles_{};
+  std::int64_t layer_table_ = 0, layer_pages_ = 0;  // how far the layer's entries lie from those of layer 0
   const char* arena_ = nullptr;
   std::int64_t element_ = 0;  // bytes of one weight
   std::vector<LowRankBlock> blocks_;

@@ -122,6 +122,7 @@ struct LoraAdd {
   static constexpr std::int64_t kMostSlices = 8;  // modules in one merged linear layer; three is the most so far
   struct Slice {
     std::int64_t target, offset, outputs;
+    bool operator==(const Slice&) const = default;
   };
   void* y;                        // [tokens, y_stride] of `dtype`
   const void* x;                  // [tokens, columns] of `dtype`

@@ -38,6 +38,11 @@ class Shares {
     begin_at(0, 0);
   }
 
+  // All of them again.
+  [[gnu::always_inline]] void restart() {
+    for (int thread = 0; thread <= threads_; ++thread) next_[thread].index.store(bounds_[thread], std::memory_order_relaxed);
+  }
+
   [[gnu::always_inline]] int threads() const { return threads_; }
   [[gnu::always_inline]] std::int64_t count() const { return bounds_[threads_]; }
   // The share of one thread.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <stdexcept>
 #include <type_traits>
@@ -45,6 +46,13 @@ inline void resize(BottleneckAdd& args, std::int64_t tokens, std::int64_t sequen
   args.tokens = tokens;
   args.segments = sequences;
 }
+
+// Whether two ops do the same for different layers.
+inline bool same_place(const LoraAdd& a, const LoraAdd& b) {
+  return a.columns == b.columns && a.slices == b.slices && std::equal(a.slice, a.slice + a.slices, b.slice);
+}
+inline bool same_place(const BottleneckAdd& a, const BottleneckAdd& b) { return a.site == b.site; }
+inline bool same_place(const PagedAttention&, const PagedAttention&) { return true; }
 
 template <class Args>
 std::int64_t rows_of(const Args& args) {
@@ -127,7 +135,7 @@ class Tape {
   template <class Args, class SomePlan>
   void add(void (*op)(const Args&), const Args& args, const Planned<Args, SomePlan>& planned) {
     const std::size_t index = calls_.size();
-    PlanOf<Args, SomePlan>* one = plan_of(args);
+    PlanOf<SomePlan>* one = plan_of(args);
     const Sequel sequel = sequel_of(index, args, planned);
     Call& call = note(args);
     call.lead = planned.lead;
@@ -168,8 +176,8 @@ class Tape {
     bool fetches = false;  // whether it is a product that fetches what others read
   };
 
-  // All ops of a kind share one plan: each is planned after the one before has run.
-  template <class Args, class SomePlan>
+  // The plan of ops of one place in a layer: each is planned after the one before has run.
+  template <class SomePlan>
   struct PlanOf {
     SomePlan plan;
     std::size_t call = kNone;  // that it is for
@@ -181,9 +189,29 @@ class Tape {
     }
   };
 
-  auto* plan_of(const LoraAdd&) { return &lora_; }
-  auto* plan_of(const BottleneckAdd&) { return &bottleneck_; }
-  auto* plan_of(const PagedAttention&) { return &attention_; }
+  // Those of all ops of a kind.
+  template <class Args, class SomePlan>
+  class PlansOf {
+   public:
+    PlanOf<SomePlan>* of(const Args& args) {
+      for (auto& [like, plan] : plans_) {
+        if (same_place(like, args)) return &plan;
+      }
+      plans_.emplace_back();
+      plans_.back().first = args;
+      return &plans_.back().second;
+    }
+    void forget() {
+      for (auto& [like, plan] : plans_) plan.forget();
+    }
+
+   private:
+    std::deque<std::pair<Args, PlanOf<SomePlan>>> plans_;  // which stay where they are
+  };
+
+  auto* plan_of(const LoraAdd& args) { return lora_.of(args); }
+  auto* plan_of(const BottleneckAdd& args) { return bottleneck_.of(args); }
+  auto* plan_of(const PagedAttention& args) { return attention_.of(args); }
 
   // The op at `index` as the sequel of the call before it, where that is a product of the same x to the same y.
   template <class Args, class SomePlan>
@@ -226,9 +254,9 @@ class Tape {
     const void* x;
     const void* y;
   } product_{};
-  PlanOf<LoraAdd, LowRankPlan> lora_;
-  PlanOf<BottleneckAdd, LowRankPlan> bottleneck_;
-  PlanOf<PagedAttention, AttentionPlan> attention_;
+  PlansOf<LoraAdd, LowRankPlan> lora_;
+  PlansOf<BottleneckAdd, LowRankPlan> bottleneck_;
+  PlansOf<PagedAttention, AttentionPlan> attention_;
 };
 
 // Makes the call, or records it where a tape is being recorded; `more`: how it is Planned, if it is.
