@@ -34,6 +34,7 @@ void AttentionPlan::make(const PagedAttention& args, std::int64_t rows) {
     const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
     return task.queries * (task.position + task.queries);
   });
+  restart(team);
 }
 
 std::int64_t AttentionPlan::position_bytes() const {
@@ -41,7 +42,6 @@ std::int64_t AttentionPlan::position_bytes() const {
 }
 
 std::int64_t AttentionPlan::bytes(int thread) const {
-  if (thread >= shares_.threads()) return 0;
   std::int64_t positions = 0;
   for (std::int64_t group = shares_.begin(thread); group < shares_.end(thread); ++group) {
     const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];
@@ -53,7 +53,6 @@ std::int64_t AttentionPlan::bytes(int thread) const {
 // Of a thread's tasks the keys and values, page by page: an item is a group of tasks, its parts are the positions that they
 // see, first as keys (even) and then as values (odd).
 bool AttentionPlan::next(int thread, Cursor& cursor, Span& span) const {
-  if (thread >= shares_.threads()) return false;
   const std::int64_t group = shares_.begin(thread) + cursor.item;
   if (group >= shares_.end(thread)) return false;
   const AttentionTask& task = tasks_[static_cast<std::size_t>(group * heads_)];

@@ -37,10 +37,10 @@ class AttentionPlan final : public Plan {
   std::int64_t heads() const;  // how many tasks, side by side, a thread takes at a time
   Shares& shares();            // of tasks / heads
 
+ private:
   std::int64_t bytes(int thread) const override;
   bool next(int thread, Cursor& cursor, Span& span) const override;
 
- private:
   std::int64_t position_bytes() const;  // of a key, or a value
 
   PagedAttention args_{};

@@ -76,7 +76,7 @@ class Fetcher {
 
   [[gnu::noinline]] bool next_row() {
     if (row_ == span_.count) {
-      if (!upcoming_->next(thread_, place_, span_)) {
+      if (!upcoming_->next(thread_, plan_, span_)) {
         lines_ = 0;
         return false;
       }
@@ -91,7 +91,7 @@ class Fetcher {
   TurnLines turn_;
   const Upcoming* upcoming_ = nullptr;
   int thread_ = 0;
-  Upcoming::Place place_;
+  int plan_ = 0;
   Span span_{};
   std::int64_t row_ = 0, lines_ = 0;
   const char* at_ = nullptr;

@@ -52,6 +52,7 @@ void LowRankPlan::make(const LowRankFactors& factors, const LowRankTiles& tiles)
   } else {
     cut(factors, tiles);
   }
+  restart(team_);
 }
 
 // body(block) for all blocks, until it is false: whether none was.
@@ -168,7 +169,7 @@ void LowRankPlan::share_out(Parts& parts, const Weights& weights) {
 }
 
 std::int64_t LowRankPlan::bytes(int thread) const {
-  return thread < team_ ? bytes_[static_cast<std::size_t>(thread)] : 0;
+  return bytes_[static_cast<std::size_t>(thread)];
 }
 
 // The parts of a thread, those with A first; null at the end.
@@ -181,7 +182,6 @@ const LowRankPart* LowRankPlan::item(int thread, std::int64_t index) const {
 
 // Part by part, and of each page by page.
 bool LowRankPlan::next(int thread, Cursor& cursor, Span& span) const {
-  if (thread >= team_) return false;
   const LowRankPart* part = item(thread, cursor.item);
   if (part == nullptr) return false;
   // The tables too come from memory mostly, and the parts from the core of the thread that made the plan.

@@ -79,10 +79,10 @@ class LowRankPlan final : public Plan {
   Shares& expand_shares();
   float* inner();  // the products with A
 
+ private:
   std::int64_t bytes(int thread) const override;
   bool next(int thread, Cursor& cursor, Span& span) const override;
 
- private:
   struct Parts {
     std::vector<LowRankPart> parts;
     Shares shares;

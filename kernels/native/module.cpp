@@ -117,7 +117,7 @@ NB_MODULE(_native, m) {
                         at<std::int32_t>(block_tables), at<std::int32_t>(query_start), at<std::int32_t>(context_len),
                         static_cast<Dtype>(dtype), static_cast<Dtype>(cache_dtype), tokens, sequences, max_blocks,
                         num_heads, num_kv_heads, head_dim, page_size, window, scale, threads, nullptr},
-         Planned<PagedAttention, AttentionPlan>{current->plan_attention, 2});  // one product has no time for all of it
+         Planned<PagedAttention, AttentionPlan>{current->plan_attention, {3, 2}});
   });
   m.def("lora_add", [](Address y, Address x, Address start, Address slot, Address arena, Address rank, Address scale,
                        Address row_scale, Address a_page, Address b_page, nb::handle slices, int dtype,
@@ -130,7 +130,7 @@ NB_MODULE(_native, m) {
                  columns, y_stride, segments, 0, layer, layers, targets, pages, threads, nullptr};
     read_slices(slices, args);
     call(current->lora_add, args,
-         Planned<LoraAdd, LowRankPlan>{current->plan_lora, 1, current->lora_begin, current->lora_end});
+         Planned<LoraAdd, LowRankPlan>{current->plan_lora, {1, 1}, current->lora_begin, current->lora_end});
   });
   m.def("bottleneck_add", [](Address stream, Address hidden, Address residual, Address start, Address slot,
                              Address arena, Address width, Address scale, Address down_page, Address up_page,
@@ -145,7 +145,7 @@ NB_MODULE(_native, m) {
                        at<std::int64_t>(up_bias), at<std::int32_t>(activation), at<std::int32_t>(input_mode),
                        static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype), tokens, columns, segments, layer,
                        site, layers, pages, threads, nullptr},
-         Planned<BottleneckAdd, LowRankPlan>{current->plan_bottleneck, 1});
+         Planned<BottleneckAdd, LowRankPlan>{current->plan_bottleneck, {1, 1}});
   });
   m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,
                      Address uniform, Address ids, std::int64_t rows, std::int64_t vocab, int threads) {

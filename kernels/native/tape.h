@@ -66,11 +66,17 @@ std::int64_t sequences_of(const Args& args) {
   return 0;
 }
 
+// Which products before an op fetch what it will read: from the `first` on to the `last`, counted backwards from the op, the
+// nearest being 1. While few rows are computed weights keep the memory busy, and the last of them alone does.
+struct Lead {
+  int first, last;
+};
+
 // How the work of an op is planned.
 template <class Args, class SomePlan>
 struct Planned {
   void (*plan)(const Args&, SomePlan&);
-  int lead;  // which product before it fetches what it will read, the last (1) or the one before that (2)
+  Lead lead;
   void (*begin)(const void*, int) = nullptr;  // the op as a Sequel of a product that it follows and adds to; or null
   void (*end)(const void*, int) = nullptr;
 };
@@ -141,6 +147,7 @@ class Tape {
     call.lead = planned.lead;
     call.plan = [this, make_plan = planned.plan, sequel, one, index, args = Args(args)](std::int64_t rows,
                                                                                        std::int64_t sequences) mutable {
+      if (one->call == index) return upcoming_.add(one->plan);  // the rest of it
       if (one->call != kNone) return;  // for an op that comes before
       resize(args, rows, sequences);
       make_plan(args, one->plan);
@@ -166,13 +173,14 @@ class Tape {
 
  private:
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
-  static constexpr int kMostLead = 2;
+  static constexpr int kMostLead = 3;
+  static constexpr std::int64_t kFewRows = 8;
 
   struct Call {
     std::function<bool(std::int64_t rows, std::int64_t sequences)> make{};
     std::function<void(std::int64_t rows, std::int64_t sequences)> plan{};  // may be empty
     Rows rows;
-    int lead = 1;
+    Lead lead{1, 1};
     bool fetches = false;  // whether it is a product that fetches what others read
   };
 
@@ -239,7 +247,9 @@ class Tape {
     for (int lead = 1; at < calls_.size(); ++at) {
       const Call& call = calls_[at];
       if (call.fetches && ++lead > kMostLead) return;
-      if (call.plan && call.lead == lead) call.plan(step.count(call.rows), step.sequences);
+      const std::int64_t rows = step.count(call.rows);
+      const int first = rows <= kFewRows ? call.lead.last : call.lead.first;
+      if (call.plan && call.lead.last <= lead && lead <= first) call.plan(rows, step.sequences);
     }
   }
 

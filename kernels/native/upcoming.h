@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace peftserve {
 
@@ -27,32 +28,44 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
+  // What a thread will read after what it got here so far; false at the end. Each thread asks for its own.
+  bool next(int thread, Span& span);
+  // About how many bytes of it are left.
+  std::int64_t left(int thread) const;
+
+ protected:
+  // From the beginning again, for so many threads.
+  void restart(int threads);
+
+ private:
   // About how much a thread will read.
   virtual std::int64_t bytes(int thread) const = 0;
   // The next of it; false at the end.
   virtual bool next(int thread, Cursor& cursor, Span& span) const = 0;
+
+  struct alignas(64) Place {  // in a cache line of its own
+    Cursor cursor;
+    std::int64_t bytes = 0;
+  };
+
+  std::vector<Place> places_;  // [threads]
 };
 
 class Upcoming {
  public:
-  struct Place {
-    int plan = 0;
-    Cursor cursor;
-  };
-
   Upcoming();
   void clear();
   // One more, after those that it has; not kept. What would be too many is left out.
-  void add(const Plan& plan);
+  void add(Plan& plan);
   // How many cache lines a thread should fetch.
   std::int64_t lines(int thread) const;
-  // What a thread reads next after `place`; false at the end.
-  bool next(int thread, Place& place, Span& span) const;
+  // What a thread reads next, of the plans from `plan` on, which is set to the one that it is of; false at the end.
+  bool next(int thread, int& plan, Span& span) const;
 
  private:
   static constexpr int kMostPlans = 4;
 
-  const Plan* plans_[kMostPlans];
+  Plan* plans_[kMostPlans];
   int count_ = 0;
   std::int64_t most_lines_;
 };
