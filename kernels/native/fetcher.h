@@ -13,7 +13,7 @@ namespace peftserve::PEFTSERVE_ISA {
 // The lines of a turn, to be fetched in the course of a block of columns, a run of them with each cell. A core has only so
 // many lines on their way at a time: of more at once it drops some, or waits (all before the block instead: 32 adapters in a
 // step of 32 take 6 % longer). In runs, since to note and read the address of each takes time beside the product (8 and 32
-// streams: 2 %); the end of a run may lie past what is read.
+// streams: 2 %); the last run of a row ends with the row, and begins the earlier (8 and 32 streams: 0.5 %).
 struct TurnLines {
   static constexpr int kCells = kBlock / kCell, kRun = 3;
   static constexpr std::int64_t kLine = 64;
@@ -65,7 +65,8 @@ class Fetcher {
     constexpr std::int64_t kRunBytes = TurnLines::kRun * kLine;
     for (int cell = 0; cell < TurnLines::kCells; ++cell) {
       const bool any = cell * TurnLines::kRun < lines_ && (at_ < end_ || next_row());
-      turn_.at[cell] = any ? at_ : reinterpret_cast<const char*>(this);  // which is at hand
+      const char* run = at_ < last_run_ ? at_ : last_run_;
+      turn_.at[cell] = any ? run : reinterpret_cast<const char*>(this);  // which is at hand
       at_ += any ? kRunBytes : 0;
     }
     return &turn_;
@@ -85,6 +86,9 @@ class Fetcher {
     const char* at = static_cast<const char*>(span_.at) + row_++ * span_.stride;
     end_ = at + span_.bytes;
     at_ = at - reinterpret_cast<std::uintptr_t>(at) % kLine;
+    const char* last_line = end_ - 1 - reinterpret_cast<std::uintptr_t>(end_ - 1) % kLine;
+    last_run_ = last_line - (TurnLines::kRun - 1) * kLine;
+    if (last_run_ < at_) last_run_ = at_;
     return true;
   }
 
@@ -96,6 +100,7 @@ class Fetcher {
   std::int64_t row_ = 0, lines_ = 0;
   const char* at_ = nullptr;
   const char* end_ = nullptr;
+  const char* last_run_ = nullptr;  // where the last run of the row begins
 };
 
 }  // namespace peftserve::PEFTSERVE_ISA
