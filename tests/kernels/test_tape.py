@@ -114,6 +114,42 @@ def test_each_planned_op_has_a_plan_of_its_own() -> None:
         torch.testing.assert_close(y[: starts[-1]], expected, rtol=0, atol=0)
 
 
+def test_a_plan_is_made_anew_where_a_layer_or_a_step_has_other_ranks() -> None:
+    """Else its parts are kept: of a layer with the same ranks, of the next step of the same adapters."""
+    slices = make_slices(64, (96, 64))
+    lora = make_lora([(16, 8), (0, 16), (9, 9)], slices, torch.bfloat16)
+    bottleneck = make_bottleneck([(16, 8), (0, 16), (9, 9)], 160, torch.bfloat16)
+    weight = prepare_nf4(quantize(torch.randn(160, 64))[0])
+    x, stream = torch.randn(40, 64).bfloat16(), torch.randn(40, 160)
+    start, slot = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+
+    def updates(x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        y = nf4_linear(x, weight)
+        after = residual_add(stream[: len(x)], y, in_place=False)
+        for layer in (0, 1, 0, 1, 1):
+            y = nf4_linear(x, weight)
+            lora_add(y, x, segments, lora, layer, slices)
+            for site in (0, 1):
+                bottleneck_add(after, y, stream[: len(x)], segments, bottleneck, layer, site)
+            after = residual_add(after, y, in_place=False)
+        return after
+
+    memory = TapeMemory()
+    tape = Tape(memory)
+    with tape.recording():
+        result = memory.keep(updates(x, Segments(start, slot, (), torch.empty((0, 3), dtype=torch.int32))))
+    starts, slots = (0, 1, 3, 40), (2, 0, 1)
+    start.copy_(torch.tensor(starts))
+    slot.copy_(torch.tensor(slots))
+    steps = ((0, 0, 0, 16), (0, 1, 0, 16), (0, 1, 0, 3), (2, 1, 1, 0), (2, 0, 1, 5), (2, 0, 1, 5), (1, 0, 1, 11))
+    for changed_slot, layer, target, rank in steps:
+        lora.rank[changed_slot, layer, target] = rank
+        bottleneck.width[changed_slot, layer, target] = rank
+        tape.replay(40, sequences=3)
+        assert result.isfinite().all()
+        assert same_bits(result, updates(x, Segments.build(starts, slots))), (changed_slot, layer, target, rank)
+
+
 @pytest.mark.parametrize("isa_name", ISAS)
 @pytest.mark.parametrize("outputs", [(96, 64), (512, 128)])
 def test_updates_that_a_product_goes_on_with_have_the_bits_of_separate_calls(
