@@ -15,8 +15,8 @@ _BLOCK_BYTES: Final = 32 << 20
 
 class WeightPool:
     """On the CPU weights are moved to huge pages, side by side: the processor then finds them with fewer look-ups, and
-    its prefetchers, which stop at the end of a page, run on (measured on Zen 5: a loop that only reads is 25 % faster, a
-    step of 8 streams takes 1 to 2 % less). Elsewhere they stay where they are.
+    its prefetchers, which stop at the end of a page, run on (measured on Zen 5: a loop that only reads is 25 % faster,
+    a step of 8 streams takes 1 to 2 % less). Elsewhere they stay where they are.
     """
 
     def __init__(self) -> None:
