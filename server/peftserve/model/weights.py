@@ -8,7 +8,6 @@ import torch
 from peftserve.model.checkpoint import Checkpoint
 from peftserve.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, has_bias, module_name
 from peftserve.model.spec import ModelSpec
-from peftserve.model.weight_pool import WeightPool
 from peftserve_kernels.nf4 import Nf4Weight
 from peftserve_kernels.nf4_linear import prepare_nf4
 
@@ -57,22 +56,21 @@ def load_weights(folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torc
     """
     checkpoint = Checkpoint(folder, device)
     checkpoint.check(spec)
-    pool = WeightPool()
     return ModelWeights(
-        embedding=pool.keep(checkpoint.dense(EMBEDDING, dtype)),
-        layers=tuple(_layer(checkpoint, pool, spec, layer) for layer in range(spec.num_layers)),
+        embedding=checkpoint.dense(EMBEDDING, dtype),
+        layers=tuple(_layer(checkpoint, spec, layer) for layer in range(spec.num_layers)),
         norm=checkpoint.dense(FINAL_NORM, torch.float32),
-        lm_head=None if spec.tie_word_embeddings else pool.keep(checkpoint.dense(LM_HEAD, dtype)),
+        lm_head=None if spec.tie_word_embeddings else checkpoint.dense(LM_HEAD, dtype),
     )
 
 
-def _layer(checkpoint: Checkpoint, pool: WeightPool, spec: ModelSpec, layer: int) -> LayerWeights:
+def _layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> LayerWeights:
     def vector(name: str) -> torch.Tensor:
         return checkpoint.dense(f"model.layers.{layer}.{name}.weight", torch.float32)
 
     def matrix(*projections: str) -> Nf4Weight:
         parts = [checkpoint.nf4(f"{module_name(layer, p)}.weight") for p in projections]
-        return pool.keep_nf4(prepare_nf4(parts[0] if len(parts) == 1 else Nf4Weight.cat(parts)))
+        return prepare_nf4(parts[0] if len(parts) == 1 else Nf4Weight.cat(parts))
 
     def bias(*projections: str) -> torch.Tensor | None:
         if not has_bias(spec, projections[0]):
