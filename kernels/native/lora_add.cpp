@@ -29,9 +29,6 @@ class Update {
  private:
   static constexpr bool kSplit = Pairs<T>::kSplit && std::is_same_v<T, W>;
 
-  // The A or B that a part is of.
-  Factor<W> factor(const LowRankPart& part) const { return factor_of(plan_, part, arena_); }
-
   // What weights pushed out of the second level since the linear layer wrote it: the columns first .. end of one token.
   // Inlined, since GCC takes a function that only prefetches for one without effect.
   [[gnu::always_inline]] void fetch_output(const LowRankBlock& block, std::int64_t first, std::int64_t end) const {
@@ -45,11 +42,11 @@ class Update {
     NextRows<W> after;
     if (index + 1 < plan_.shrink_shares().count()) {
       const LowRankPart& next = plan_.shrinks()[index + 1];
-      after = {factor(next).row(next.first), next.width};
+      after = {factor_of(plan_, next, arena_).row(next.first), next.width};
     }
     const LowRankBlock& block = plan_.block(part.block);
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
-    const Factor<W> rows = factor(part).rows(part.first, part.end);
+    const Factor<W> rows = factor_of(plan_, part, arena_).rows(part.first, part.end);
     float* t = plan_.inner() + block.inner + part.first;
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
     if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank, after);
@@ -66,13 +63,13 @@ class Update {
     NextRows<W> after;
     if (index + 1 < plan_.expand_shares().count()) {
       const LowRankPart& next = plan_.expands()[index + 1];
-      after = {factor(next).row(0) + next.first, next.width};
+      after = {factor_of(plan_, next, arena_).row(0) + next.first, next.width};
       fetch_output(plan_.block(next.block), next.first, next.end);
     }
     const LowRankBlock& block = plan_.block(part.block);
     const Columns columns{part.first, part.end};
     const LoraAdd::Slice& slice = args_.slice[block.slice];
-    const Factor<W> b = factor(part);
+    const Factor<W> b = factor_of(plan_, part, arena_);
     const float* t = plan_.inner() + block.inner;
     const Vec scale = broadcast(args_.scale[plan_.table(block)]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[plan_.table(block)];

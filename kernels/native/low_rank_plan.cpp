@@ -25,7 +25,7 @@ bool same_adapters(const LowRankFactors& a, const LowRankFactors& b) {
   const auto key = [](const LowRankFactors& f) {
     return std::tuple(f.arena, f.a_page, f.b_page, f.arena_dtype, f.columns, f.slices, f.layers, f.targets, f.pages, f.threads);
   };
-  return key(a) == key(b);
+  return key(a) == key(b) && std::equal(a.slice, a.slice + a.slices, b.slice);
 }
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -77,10 +77,7 @@ bool LowRankPlan::all_blocks(const LowRankFactors& factors, const LowRankTiles& 
 }
 
 bool LowRankPlan::is_cut(const LowRankFactors& factors, const LowRankTiles& tiles) const {
-  if (!(tiles == tiles_) || !same_adapters(factors, factors_) ||
-      !std::equal(factors.slice, factors.slice + factors.slices, slices_)) {
-    return false;
-  }
+  if (tiles != tiles_ || !same_adapters(factors, factors_)) return false;
   std::size_t count = 0;
   return all_blocks(factors, tiles, [&](const LowRankBlock& block) {
     return count < blocks_.size() && blocks_[count++] == block;
@@ -90,8 +87,8 @@ bool LowRankPlan::is_cut(const LowRankFactors& factors, const LowRankTiles& tile
 void LowRankPlan::cut(const LowRankFactors& factors, const LowRankTiles& tiles) {
   factors_ = factors;
   std::copy_n(factors.slice, factors.slices, slices_);
+  factors_.slice = slices_;
   tiles_ = tiles;
-  arena_ = static_cast<const char*>(factors.arena);
   element_ = bytes_of(factors.arena_dtype);
   blocks_.clear();
   std::int64_t inner = 0, shrinking = 0, expanding = 0;
@@ -195,7 +192,7 @@ bool LowRankPlan::next(int thread, Cursor& cursor, Span& span) const {
   const std::int64_t first = is_shrink ? part->first : 0, end = is_shrink ? part->end : part->rank;
   const std::int64_t column = is_shrink ? 0 : part->first, columns = is_shrink ? part->width : part->end - part->first;
   const std::int64_t row = first + cursor.part, rows = std::min<std::int64_t>(end - row, kRankPage);
-  span.at = arena_ + (pages(*part)[row / kRankPage] + column) * element_;
+  span.at = static_cast<const char*>(factors_.arena) + (pages(*part)[row / kRankPage] + column) * element_;
   const bool is_whole = columns == part->width;  // rows, then, which lie one after the other
   span.bytes = (is_whole ? rows * columns : columns) * element_;
   span.count = is_whole ? 1 : rows;

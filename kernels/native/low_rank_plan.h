@@ -101,12 +101,11 @@ class LowRankPlan final : public Plan {
 
   const LowRankPart* item(int thread, std::int64_t index) const;
 
-  // What it was cut for.
+  // What it was cut for; what belongs to the step or the layer is not read again.
   LowRankFactors factors_{};
   LoraAdd::Slice slices_[LoraAdd::kMostSlices];
   LowRankTiles tiles_{};
   std::int64_t layer_table_ = 0, layer_pages_ = 0;  // how far the layer's entries lie from those of layer 0
-  const char* arena_ = nullptr;
   std::int64_t element_ = 0;  // bytes of one weight
   std::vector<LowRankBlock> blocks_;
   std::vector<float> inner_;

@@ -117,7 +117,7 @@ NB_MODULE(_native, m) {
                         at<std::int32_t>(block_tables), at<std::int32_t>(query_start), at<std::int32_t>(context_len),
                         static_cast<Dtype>(dtype), static_cast<Dtype>(cache_dtype), tokens, sequences, max_blocks,
                         num_heads, num_kv_heads, head_dim, page_size, window, scale, threads, nullptr},
-         Planned<PagedAttention, AttentionPlan>{current->plan_attention, {3, 2}});
+         Planned<PagedAttention, AttentionPlan>{current->plan_attention, {3, 2}});  // the nearest is too short
   });
   m.def("lora_add", [](Address y, Address x, Address start, Address slot, Address arena, Address rank, Address scale,
                        Address row_scale, Address a_page, Address b_page, nb::handle slices, int dtype,

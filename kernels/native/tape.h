@@ -247,9 +247,10 @@ class Tape {
     for (int lead = 1; at < calls_.size(); ++at) {
       const Call& call = calls_[at];
       if (call.fetches && ++lead > kMostLead) return;
+      if (!call.plan) continue;
       const std::int64_t rows = step.count(call.rows);
       const int first = rows <= kFewRows ? call.lead.last : call.lead.first;
-      if (call.plan && call.lead.last <= lead && lead <= first) call.plan(rows, step.sequences);
+      if (call.lead.last <= lead && lead <= first) call.plan(rows, step.sequences);
     }
   }
 
