@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "peftserve.model": LEAVES
     | SPEC
     | {
+        "peftserve.memory",
         "peftserve.adapters",
         "peftserve.engine.plan",
         "peftserve.engine.sampler",

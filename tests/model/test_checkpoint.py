@@ -85,7 +85,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
 
 
 def test_tensors_do_not_depend_on_the_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "_REOPEN_BYTES", 0)
+    monkeypatch.setattr(checkpoint_module, "_UNMAP_BYTES", 0)
     wanted = {name: torch.randn(8, 8) for name in "abc"}
     _save(tmp_path / "model.safetensors", **wanted)
     checkpoint = Checkpoint(tmp_path)

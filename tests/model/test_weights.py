@@ -271,9 +271,11 @@ _CHILD = r"""
 import re, sys
 from pathlib import Path
 import torch
+from peftserve import memory
 from peftserve.model import nf4_format
 from peftserve.model.config_reader import read_spec
 from peftserve.model.weights import load_weights
+memory.share_one_heap()  # as the engine does
 def peak_bytes():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 torch.set_num_threads(1)
@@ -282,10 +284,7 @@ nf4_format.quantize(torch.randn(1 << 16, 64))
 before = peak_bytes()
 weights = load_weights(Path(sys.argv[1]), read_spec(Path(sys.argv[1])), torch.bfloat16, torch.device("cpu"))
 peak = peak_bytes() - before
-kept = weights.embedding.nbytes + sum(
-    w.nbytes for layer in weights.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
-)
-print(peak, kept)
+print(peak, sum(tensor.nbytes for tensor in weights.tensors()))
 """
 
 
@@ -329,5 +328,5 @@ def test_quantising_at_load_needs_little_more_memory_than_the_result(
     peak, kept = map(int, ran.stdout.split())
     largest = 2 * hidden * intermediate
     figures = f"checkpoint {stored >> 20} MiB, kept {kept >> 20} MiB, peak above imports {peak >> 20} MiB"
-    # beside the largest tensor: what is mapped between two reopenings, scratch, and the merge of a layer's parts
-    assert peak < kept + largest + (32 << 20), figures
+    # beside the largest tensor: its codes, scratch memory, and what is mapped of the file it is read from
+    assert peak < kept + largest + (20 << 20), figures

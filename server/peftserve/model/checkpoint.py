@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F32", "F16", "BF16"}
-_REOPEN_BYTES = 16 << 20
+_UNMAP_BYTES = 4 << 20
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -68,7 +70,7 @@ class _Window:
     """The one safetensors file that is mapped at the moment.
 
     Pages of a mapping count as this process's memory once read, until it is unmapped. So there is one mapping at a
-    time, made anew after every `_REOPEN_BYTES`: reading a checkpoint never holds much more of it than one tensor.
+    time, given up after every `_UNMAP_BYTES`: reading a checkpoint never holds much more of it than one tensor.
     """
 
     def __init__(self) -> None:
@@ -76,14 +78,17 @@ class _Window:
         self._handle: Any = None
         self._read_bytes = 0
 
-    def tensor(self, path: Path, name: str) -> torch.Tensor:
-        """The tensor in the mapping, to be dropped before the next call."""
-        if path != self._path or self._read_bytes > _REOPEN_BYTES:
+    @contextmanager
+    def tensor(self, path: Path, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in the mapping, for a block: what is to stay has to be copied."""
+        if path != self._path or self._handle is None:
             self._handle = None
             self._handle, self._path, self._read_bytes = _open(path), path, 0
         tensor: torch.Tensor = self._handle.get_tensor(name)
         self._read_bytes += tensor.nbytes
-        return tensor
+        yield tensor
+        if self._read_bytes > _UNMAP_BYTES:
+            self._handle = None
 
 
 class Checkpoint:
@@ -129,7 +134,8 @@ class Checkpoint:
 
     def _state(self, name: str) -> nf4_format.QuantState:
         key = f"{name}.{nf4_format.STATE_SUFFIX}"
-        return nf4_format.read_state(self._window.tensor(self._files[key], key))
+        with self._window.tensor(self._files[key], key) as mapped:
+            return nf4_format.read_state(mapped)
 
     def _storage_fault(self, name: str) -> str | None:
         if f"{name}.{nf4_format.FP4_SUFFIX}" in self._infos:
@@ -163,12 +169,14 @@ class Checkpoint:
         """A matrix in NF4: as stored, or quantised now. Raises `ConfigurationError` that names the tensor."""
         try:
             if not self.is_quantized(name):
-                mapped = self._window.tensor(self._files[name], name)
-                return nf4_format.unpack(nf4_format.quantize(mapped.to(self.device)))
+                with self._window.tensor(self._files[name], name) as mapped:
+                    parts = nf4_format.quantize(mapped.to(self.device))
+                return nf4_format.unpack(parts)
             keys = {suffix: f"{name}.{suffix}" for suffix in nf4_format.SUFFIXES if f"{name}.{suffix}" in self._infos}
             return nf4_format.unpack({part: self._stored(key) for part, key in {"": name, **keys}.items()})
         except ConfigurationError as error:
             raise ConfigurationError(f"{self.folder}: {name}: {error.message}", faults=error.faults) from error
 
     def _stored(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._window.tensor(self._files[name], name).to(device=self.device, dtype=dtype, copy=True)
+        with self._window.tensor(self._files[name], name) as mapped:
+            return mapped.to(device=self.device, dtype=dtype, copy=True)

@@ -43,12 +43,16 @@ def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     functional = _bitsandbytes()
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    packed, absmax = [], []
-    for chunk in torch.split(weight, rows):
-        codes, state = functional.quantize_4bit(chunk.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
-        packed.append(codes)
-        absmax.append(state.absmax)
-    flat = torch.cat(absmax)
+    # The results' places come first: kept one by one between the scratch memory of chunks, they would leave the
+    # allocator with holes that the next chunk's does not fit in.
+    packed = torch.empty((weight.numel() // 2, 1), dtype=torch.uint8, device=weight.device)
+    flat = torch.empty((weight.numel() // NF4_BLOCK,), dtype=torch.float32, device=weight.device)
+    for row in range(0, weight.shape[0], rows):
+        chunk = weight[row : row + rows].contiguous()
+        codes, state = functional.quantize_4bit(chunk, blocksize=NF4_BLOCK, quant_type="nf4")
+        start, end = row * weight.shape[1], row * weight.shape[1] + chunk.numel()
+        packed[start // 2 : end // 2] = codes
+        flat[start // NF4_BLOCK : end // NF4_BLOCK] = state.absmax
     if not torch.isfinite(flat).all():
         raise ConfigurationError("NaN or infinity")
     offset = flat.mean()
@@ -63,7 +67,7 @@ def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         offset=offset,
         state2=nested_state,
     )
-    return {"": torch.cat(packed), **full_state.as_dict(packed=True)}
+    return {"": packed, **full_state.as_dict(packed=True)}
 
 
 def _bitsandbytes() -> Any:

@@ -1,14 +1,17 @@
 """The weights of a decoder as it computes with them: NF4 projections, merged where they share an input."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from peftserve.model.checkpoint import Checkpoint
 from peftserve.model.layout import EMBEDDING, FINAL_NORM, LM_HEAD, has_bias, module_name
-from peftserve.model.spec import ModelSpec
-from peftserve_kernels.nf4 import Nf4Weight
+from peftserve.model.memory_plan import weight_bytes
+from peftserve.model.spec import ModelSpec, targets
+from peftserve.model.weight_memory import WeightMemory
+from peftserve_kernels.nf4 import TILE_ROWS, Nf4Weight
 from peftserve_kernels.nf4_linear import prepare_nf4
 
 
@@ -32,6 +35,16 @@ class LayerWeights:
     q_norm: torch.Tensor | None  # [hd], RMS norm of each query head before RoPE
     k_norm: torch.Tensor | None  # [hd]
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors, in the order in which a step reads them."""
+        for field in fields(self):
+            weight = getattr(self, field.name)
+            if isinstance(weight, Nf4Weight):
+                yield weight.packed
+                yield weight.absmax
+            elif weight is not None:
+                yield weight
+
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
@@ -47,6 +60,15 @@ class ModelWeights:
         """The output projection [V, D]: `lm_head`, or the embedding when it is tied."""
         return self.embedding if self.lm_head is None else self.lm_head
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors, in the order in which a step reads them."""
+        yield self.embedding
+        for layer in self.layers:
+            yield from layer.tensors()
+        yield self.norm
+        if self.lm_head is not None:
+            yield self.lm_head
+
 
 def load_weights(folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
     """The weights in `folder` on `device`; projections that are not NF4 yet are quantised, one tensor at a time.
@@ -56,26 +78,32 @@ def load_weights(folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torc
     """
     checkpoint = Checkpoint(folder, device)
     checkpoint.check(spec)
+    memory = WeightMemory(weight_bytes(spec, dtype.itemsize))
     return ModelWeights(
-        embedding=checkpoint.dense(EMBEDDING, dtype),
-        layers=tuple(_layer(checkpoint, spec, layer) for layer in range(spec.num_layers)),
-        norm=checkpoint.dense(FINAL_NORM, torch.float32),
-        lm_head=None if spec.tie_word_embeddings else checkpoint.dense(LM_HEAD, dtype),
+        embedding=memory.keep(checkpoint.dense(EMBEDDING, dtype)),
+        layers=tuple(_layer(checkpoint, spec, layer, memory) for layer in range(spec.num_layers)),
+        norm=memory.keep(checkpoint.dense(FINAL_NORM, torch.float32)),
+        lm_head=None if spec.tie_word_embeddings else memory.keep(checkpoint.dense(LM_HEAD, dtype)),
     )
 
 
-def _layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> LayerWeights:
+def _layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int, memory: WeightMemory) -> LayerWeights:
+    rows = {target.name: target.out_features for target in targets(spec)}
+
     def vector(name: str) -> torch.Tensor:
-        return checkpoint.dense(f"model.layers.{layer}.{name}.weight", torch.float32)
+        return memory.keep(checkpoint.dense(f"model.layers.{layer}.{name}.weight", torch.float32))
 
     def matrix(*projections: str) -> Nf4Weight:
-        parts = [checkpoint.nf4(f"{module_name(layer, p)}.weight") for p in projections]
-        return prepare_nf4(parts[0] if len(parts) == 1 else Nf4Weight.cat(parts))
+        names = [f"{module_name(layer, projection)}.weight" for projection in projections]
+        if any(rows[projection] % TILE_ROWS for projection in projections):
+            # No tile would hold rows of two of them, so they are stacked before they are laid out in tiles.
+            return memory.keep_nf4([prepare_nf4(Nf4Weight.cat([checkpoint.nf4(name) for name in names]))])
+        return memory.keep_nf4([prepare_nf4(checkpoint.nf4(name)) for name in names])
 
     def bias(*projections: str) -> torch.Tensor | None:
         if not has_bias(spec, projections[0]):
             return None
-        return torch.cat([checkpoint.dense(f"{module_name(layer, p)}.bias", torch.float32) for p in projections])
+        return memory.keep(*(checkpoint.dense(f"{module_name(layer, p)}.bias", torch.float32) for p in projections))
 
     return LayerWeights(
         input_norm=vector("input_layernorm"),
