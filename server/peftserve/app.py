@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ from peftserve.metrics import Metrics
 from peftserve.model.config_reader import read_spec
 from peftserve.model.prepare import find_prepared, prepare
 from peftserve.text.tokenizer import Tokenizer
+from peftserve.types import AdapterRef
 
 logger = log.get_logger(__name__)
 
@@ -114,7 +115,7 @@ async def _services(config: Config) -> AsyncIterator["RunningServices"]:
     )
     restoring: set[asyncio.Task[None]] = set()
 
-    def on_ready(info: EngineInfo) -> None:
+    def on_ready(info: EngineInfo, held_before: Sequence[AdapterRef]) -> None:
         metrics.engine_started()
         quota = PinQuota.of(
             config.engine,
@@ -123,7 +124,7 @@ async def _services(config: Config) -> AsyncIterator["RunningServices"]:
             element_bytes=4 if info.dtype == "float32" else 2,
         )
         store.limit_pins(quota)
-        task = asyncio.get_running_loop().create_task(adapters.restore_pinned())
+        task = asyncio.get_running_loop().create_task(adapters.restore(held_before))
         restoring.add(task)
         task.add_done_callback(restoring.discard)
 

@@ -44,7 +44,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class EngineConfig(_Frozen):
@@ -118,7 +118,7 @@ class LimitsConfig(_Frozen):
     max_stop_strings: int = Field(16, ge=0, le=64, description="Stop strings per request")
     request_timeout_s: float = Field(600.0, gt=0, description="A request is aborted after this long, seconds")
     stream_stall_timeout_s: float = Field(
-        60.0, gt=0, description="A stream whose client reads nothing of it for this long is aborted, seconds"
+        60.0, gt=0, le=86_400, description="A stream whose client reads nothing of it for this long is aborted, seconds"
     )
 
 

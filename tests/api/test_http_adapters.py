@@ -149,7 +149,7 @@ async def test_pins_share_one_quota_and_equal_bytes_count_once(make: MakeWorld) 
 async def test_pinned_adapters_come_back(world: World) -> None:
     digest = add_adapter(world, "mine", tenant="somebody")
     world.store.set_pinned("somebody", "mine", True)
-    await world.services.adapters.restore_pinned()
+    await world.services.adapters.restore([])
     assert world.engine.prefetched == [(digest, True)]
 
 

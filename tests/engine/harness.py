@@ -30,7 +30,9 @@ class Harness:
         self.now = 0.0
         self.memory = memory or SimulatedMemory()
         self.kv = KvPageManager(num_pages, page_size, prefix_caching=prefix_caching)
-        self.adapters = AdapterCache(self.memory, self.kv, host_bytes=host_bytes, retry_s=0.0)
+        self.adapters = AdapterCache(
+            self.memory, self.kv, host_bytes=host_bytes, retry_s=0.0, starvation_s=starvation_s
+        )
         limits = SchedulerLimits(
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,

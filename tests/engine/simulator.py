@@ -58,33 +58,38 @@ class SimulatedMemory:
     slots: int = 4
     device_bytes: int = 1000
     adapter_bytes: int = 100
+    sizes: dict[str, int] = field(default_factory=dict)  # by name, where it is another one
     virtual_tokens: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     lends: bool = False
     used: dict[AdapterKind, dict[int, str]] = field(default_factory=dict)
+    used_bytes: int = 0
     prefix_pages: dict[int, tuple[str, int]] = field(default_factory=dict)  # page -> (digest, index)
     loads: list[str] = field(default_factory=list)
 
     def load(self, ref: AdapterRef) -> HostAdapter:
         self.loads.append(ref.name)
         if ref.name in self.broken:
-            raise AdapterLoadError(f"{ref.name} is broken")
-        return HostAdapter(ref, self.adapter_bytes, self.virtual_tokens.get(ref.name, 0), None)
+            raise AdapterLoadError("its bytes are broken")
+        return HostAdapter(ref, self._size(ref), self.virtual_tokens.get(ref.name, 0), None)
 
-    def fits(self, host: HostAdapter) -> bool:
-        return host.host_bytes <= self.device_bytes
+    def _size(self, ref: AdapterRef) -> int:
+        return self.sizes.get(ref.name, self.adapter_bytes)
+
+    def fits(self, host: HostAdapter, *, taken_bytes: int = 0, taken_slots: int = 0) -> bool:
+        return host.host_bytes + taken_bytes <= self.device_bytes and taken_slots < self.slots
 
     def reserve(self, host: HostAdapter) -> Placement | None:
         taken = self.used.setdefault(host.kind, {})
-        total = sum(len(slots) for slots in self.used.values()) * self.adapter_bytes
         free = [slot for slot in range(self.slots) if slot not in taken]
-        if not free or total + host.host_bytes > self.device_bytes:
+        if not free or self.used_bytes + host.host_bytes > self.device_bytes:
             return None
+        self.used_bytes += host.host_bytes
         taken[free[0]] = host.ref.digest
         return Placement(slot=free[0], device_bytes=host.host_bytes)
 
     def lend(self, host: HostAdapter) -> HostAdapter:
-        return replace(host, host_bytes=self.adapter_bytes // 10, lent=True) if self.lends else host
+        return replace(host, host_bytes=self._size(host.ref) // 10, lent=True) if self.lends else host
 
     def take_back(self, host: HostAdapter, placement: Placement) -> HostAdapter:
         if not host.lent:
@@ -95,7 +100,7 @@ class SimulatedMemory:
                 raise AssertionError(f"{host.ref.name}: its pages hold {held}")
         elif self.used[host.kind].get(placement.slot) != host.ref.digest:
             raise AssertionError(f"{host.ref.name}: slot {placement.slot} is not its own")
-        return replace(host, host_bytes=self.adapter_bytes, lent=False)
+        return replace(host, host_bytes=self._size(host.ref), lent=False)
 
     def copy(self, host: HostAdapter, placement: Placement) -> None:
         if host.lent:
@@ -105,6 +110,7 @@ class SimulatedMemory:
 
     def release(self, placement: Placement, kind: AdapterKind) -> None:
         del self.used[kind][placement.slot]
+        self.used_bytes -= placement.device_bytes
 
 
 class SimulatedRunner:

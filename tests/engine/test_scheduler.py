@@ -6,7 +6,7 @@ import pytest
 
 from peftserve.engine.messages import AbortRequest, PrefetchAdapter, UnloadAdapter
 from peftserve.engine.plan import StepPlan, StepResult
-from peftserve.types import AdapterKind, FinishReason
+from peftserve.types import AdapterKind, AdapterRef, FinishReason
 
 from .harness import Harness
 from .simulator import SimulatedMemory, adapter, expected_tokens, request
@@ -148,7 +148,8 @@ def test_a_failed_load_ends_its_requests_with_the_reason_and_is_tried_again() ->
     h.run()
     error = h.events["first"][-1].error
     assert error is not None
-    assert (error.code, error.message) == ("adapter_load_failed", "lora-a is broken")
+    assert error.code == "adapter_load_failed"
+    assert error.message == "adapter lora-a cannot be loaded: its bytes are broken"
     assert h.events["base"][-1].finish_reason is FinishReason.LENGTH
     memory.broken.clear()
     h.add(request("second", [1], ref=LORA_A))
@@ -288,3 +289,133 @@ def test_logits_that_are_no_numbers_end_their_own_request_with_an_error() -> Non
     assert h.tokens("nan") == []
     assert h.tokens("sound") == expected_tokens(h.runner.specs["sound"], 4)
     h.check_idle()
+
+
+def _pin(h: Harness, ref: AdapterRef) -> None:
+    h.core.handle(PrefetchAdapter(adapter=ref, pinned=True))
+    h.step()
+    h.step()
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.LORA, AdapterKind.BOTTLENECK, AdapterKind.PREFIX])
+def test_what_pinned_adapters_leave_no_room_for_fails_at_once_and_holds_nobody_back(kind: AdapterKind) -> None:
+    is_prefix = kind is AdapterKind.PREFIX
+    pinned, large = adapter("pinned", kind if is_prefix else AdapterKind.LORA), adapter("big", kind)
+    lengths = {"pinned": 64, "big": 64} if is_prefix else {}
+    memory = SimulatedMemory(sizes={"pinned": 500, "big": 600}, virtual_tokens=lengths)
+    h = Harness(memory=memory, host_bytes=5000, starvation_s=0.5, max_num_seqs=2, max_model_len=100)
+    _pin(h, pinned)
+    h.add(request("stream", [1, 2], max_tokens=50))
+    h.step()
+    h.add(request("big", [3], ref=large))
+    for index in range(5):
+        h.add(request(f"short{index}", [4, index], max_tokens=2))
+    h.run()
+    error = h.events["big"][-1].error
+    assert error is not None
+    assert (error.code, "adapter big does not fit beside the pinned" in error.message) == ("overloaded", True)
+    ran = {row.request_id: step for step, plan in enumerate(h.runner.plans) for row in plan.rows}
+    assert ran["short4"] < ran["stream"], "those behind it were held back"
+    h.core.handle(PrefetchAdapter(adapter=pinned, pinned=False))
+    h.add(request("again", [3], ref=large))
+    h.run()
+    assert h.events["again"][-1].finish_reason is FinishReason.LENGTH
+    h.check_idle()
+
+
+def test_a_slot_that_only_pins_hold_fails_the_request() -> None:
+    h = Harness(memory=SimulatedMemory(slots=1))
+    _pin(h, LORA_A)
+    h.add(request("r", [1], ref=LORA_B))
+    h.add(request("other kind", [1], ref=BOTTLENECK))
+    h.run()
+    error = h.events["r"][-1].error
+    assert error is not None
+    assert error.code == "overloaded"
+    assert h.events["other kind"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_pin_takes_its_place_when_the_device_has_room_again() -> None:
+    h = Harness(memory=SimulatedMemory(slots=1))
+    h.add(request("r", [1], ref=LORA_A, max_tokens=10))
+    h.step()
+    h.step()
+    _pin(h, LORA_B)
+    states = {entry.name: entry.state for entry in h.adapters.residency()}
+    assert states == {"lora-a": "device", "lora-b": "host"}
+    h.run()
+    h.step()
+    h.step()
+    states = {entry.name: entry.state for entry in h.adapters.residency()}
+    assert states == {"lora-a": "host", "lora-b": "device"}
+
+
+def test_nothing_is_evicted_for_what_would_still_not_fit() -> None:
+    h = Harness(memory=SimulatedMemory(slots=2))
+    for name in ("one", "two"):
+        h.add(request(name, [1], ref=adapter(name, AdapterKind.BOTTLENECK), max_tokens=1))
+    h.run()
+    for name in ("a", "b", "c"):
+        h.add(request(name, [1], ref=adapter(name, AdapterKind.LORA), max_tokens=40))
+    for _ in range(8):
+        h.step()
+    assert h.adapters.evictions_device == 0
+    h.run()
+    assert h.adapters.evictions_device == 1, "a LoRA's slot, and no bottleneck's"
+
+
+@pytest.mark.parametrize("lends", [False, True])
+def test_adapters_that_are_not_read_yet_do_not_starve_behind_those_that_are(lends: bool) -> None:
+    h = Harness(memory=SimulatedMemory(lends=lends), host_bytes=300, starvation_s=1.0, max_num_seqs=4)
+    h.adapters._starvation_s = 0.0  # the cache goes by the real clock
+    hot = [adapter(f"hot{index}", AdapterKind.LORA) for index in range(6)]
+    for index in range(12):
+        h.add(request(f"hot{index}", [1], ref=hot[index % 6], max_tokens=3))
+    h.step()
+    h.step()
+    h.add(request("cold", [1], ref=adapter("cold", AdapterKind.LORA)))
+    for index in range(12, 400):
+        h.add(request(f"hot{index}", [1], ref=hot[index % 6], max_tokens=3))
+        h.step()
+        if h.finished("cold"):
+            break
+    assert h.finished("cold")
+    h.run(2000)
+    h.check_idle()
+
+
+def test_what_comes_back_from_the_device_counts_for_the_hosts_budget() -> None:
+    names = [f"p{index}" for index in range(6)]
+    memory = SimulatedMemory(lends=True, virtual_tokens=dict.fromkeys(names, 8))
+    h = Harness(memory=memory, host_bytes=200, num_pages=16)
+    for name in names:
+        h.add(request(name, [1], ref=adapter(name, AdapterKind.PREFIX)))
+        h.run()
+    h.add(request("base", list(range(50)), max_tokens=8))
+    h.run()
+    assert h.adapters.host_bytes_used <= 200
+
+
+def test_under_pressure_each_copy_of_an_adapter_is_used() -> None:
+    """Ageing must not make requests evict one another's adapters before anybody has run with them."""
+    h = Harness(memory=SimulatedMemory(slots=4), host_bytes=5000, num_pages=200, starvation_s=1.0)
+    refs = [adapter(f"a{index}", AdapterKind.LORA) for index in range(16)]
+    for index in range(200):
+        h.add(request(f"r{index}", [index % 40], ref=refs[index % 16]))
+    h.run(3000)
+    assert h.adapters.evictions_device < 200, "more copies than requests"
+    h.check_idle()
+
+
+def test_an_error_names_the_adapter_as_the_request_does() -> None:
+    """Equal bytes are one entry of the cache, whoever calls them what."""
+    h = Harness(memory=SimulatedMemory(broken={"acme-secret"}))
+    secret = adapter("acme-secret", AdapterKind.LORA)
+    h.add(request("first", [1], ref=secret))
+    h.add(request("second", [1], ref=AdapterRef(digest=secret.digest, kind=secret.kind, name="mine", tenant="rival")))
+    h.run()
+    for name, request_id in (("acme-secret", "first"), ("mine", "second")):
+        error = h.events[request_id][-1].error
+        assert error is not None
+        assert error.message == f"adapter {name} cannot be loaded: its bytes are broken"
+    assert [entry.error for entry in h.adapters.residency()] == ["its bytes are broken"]

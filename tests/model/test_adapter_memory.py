@@ -295,7 +295,7 @@ def test_adapters_survive_fragmentation(tmp_path: Path) -> None:
 
 def test_what_is_wrong_becomes_a_load_error(device: Device, tmp_path: Path) -> None:
     absent = AdapterRef(digest="0" * 64, kind=AdapterKind.LORA, name="ghost", tenant="tests")
-    with pytest.raises(AdapterLoadError, match="adapter ghost cannot be loaded: no adapter with digest"):
+    with pytest.raises(AdapterLoadError, match="no adapter with digest"):
         device.memory.load(absent)
 
     ref = files.push(device.store, "tests", "demo", files.lora()).ref

@@ -7,7 +7,7 @@ removes; after it, the new version.
 
 import contextlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -147,6 +147,11 @@ class AdapterStore:
     def is_live(self, digest: str) -> bool:
         """Whether any version of any tenant's adapters still points to these bytes."""
         return digest in self._index.live_digests()
+
+    def dead(self, digests: Iterable[str]) -> Digests:
+        """Those that no version of any tenant's adapters points to any more."""
+        live = self._index.live_digests()
+        return [digest for digest in digests if digest not in live]
 
     def collect_garbage(self, in_use: Collection[str] = ()) -> Digests:
         """Delete the bytes that no version points to, except digests `in_use`; returns the digests deleted.

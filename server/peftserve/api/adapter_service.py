@@ -1,10 +1,10 @@
 """Adapters as both front doors see them: the store's records and where the engine holds them, kept in step."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
 
@@ -13,8 +13,12 @@ from peftserve.adapters.store import AdapterStore
 from peftserve.adapters.upload import Upload
 from peftserve.engine.messages import AdapterResidency
 from peftserve.errors import AdapterNotFoundError
+from peftserve.log import get_logger
 from peftserve.metrics import Metrics
 from peftserve.types import AdapterRef
+
+logger = get_logger(__name__)
+T = TypeVar("T")
 
 
 class AdapterEngine(Protocol):
@@ -44,6 +48,7 @@ class AdapterService:
         self._store = store
         self._engine = engine
         self._metrics = metrics
+        self._working: set[asyncio.Task[Any]] = set()
         self.model_name = model_name
 
     async def resolve(self, tenant: str, adapter_id: str, *, field: str = "adapter_id") -> AdapterRecord:
@@ -86,34 +91,65 @@ class AdapterService:
 
         Requests in flight keep the version they began with; the engine drops it after them.
         """
-        before = await self._find(tenant, name)
-        record = await anyio.to_thread.run_sync(upload.commit)
-        await self._prefetch(record)
-        if before is not None and before.digest != record.digest:
-            await self._unload(before)
-        return self._view(record)
+
+        async def work() -> AdapterView:
+            before = await self._find(tenant, name)
+            record = await anyio.to_thread.run_sync(upload.commit)
+            await self._prefetch(record)
+            if before is not None and before.digest != record.digest:
+                await self._unload(before)
+            return self._view(record)
+
+        return await self._to_the_end(work())
 
     async def delete(self, tenant: str, name: str) -> AdapterRecord:
         """Raises `AdapterNotFoundError`, `ConflictError` if pinned. Requests in flight end normally."""
-        record = await anyio.to_thread.run_sync(self._store.delete, tenant, name)
-        await self._unload(record)
-        self._metrics.forget_adapter(record.ref)
-        return record
+
+        async def work() -> AdapterRecord:
+            record = await anyio.to_thread.run_sync(self._store.delete, tenant, name)
+            await self._unload(record)
+            await self._unload_dead()
+            self._metrics.forget_adapter(record.ref)
+            return record
+
+        return await self._to_the_end(work())
 
     async def set_pinned(self, tenant: str, name: str, pinned: bool) -> AdapterView:
         """A pinned adapter stays on the device. Raises `AdapterNotFoundError`, `ConflictError` over the pins' quota."""
-        record = await anyio.to_thread.run_sync(self._store.set_pinned, tenant, name, pinned)
-        await self._prefetch(record)
-        return self._view(record)
+
+        async def work() -> AdapterView:
+            record = await anyio.to_thread.run_sync(self._store.set_pinned, tenant, name, pinned)
+            await self._prefetch(record)
+            return self._view(record)
+
+        return await self._to_the_end(work())
 
     async def collect_garbage(self) -> Sequence[str]:
         """Delete the bytes that no name means any more and the engine does not hold; returns their digests."""
+        await self._unload_dead()
         return await anyio.to_thread.run_sync(self._store.collect_garbage, set(self._engine.residency))
 
-    async def restore_pinned(self) -> None:
-        """Bring all tenants' pinned adapters to the device, after a start of the engine."""
+    async def restore(self, held_before: Sequence[AdapterRef]) -> None:
+        """After a start of the engine: bring what the last one held to the host, if any name still means it, and all
+        tenants' pinned adapters to the device."""
+        dead = await anyio.to_thread.run_sync(self._store.dead, [ref.digest for ref in held_before])
+        for ref in held_before:
+            if ref.digest not in dead:
+                self._engine.prefetch(ref)
         for record in await anyio.to_thread.run_sync(self._store.pinned):
             self._engine.prefetch(record.ref, pinned=True)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which goes on when the caller is cancelled: what the store has done, the engine must
+        hear."""
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log_failure)
+            raise
 
     def _view(self, record: AdapterRecord) -> AdapterView:
         return AdapterView(record, self._engine.residency.get(record.digest))
@@ -136,6 +172,12 @@ class AdapterService:
         if all(other.digest != record.digest for other in (*named, *pinned)):
             self._engine.unload(record.digest)
 
+    async def _unload_dead(self) -> None:
+        """Versions that no name means any more: those of a deleted name that were asked for by digest, say, or that
+        lost a race with a later upload."""
+        for digest in await anyio.to_thread.run_sync(self._store.dead, list(self._engine.residency)):
+            self._engine.unload(digest)
+
 
 def num_virtual_tokens(record: AdapterRecord) -> int:
     """Tokens of the context that the adapter's prefix takes; 0 for other kinds."""
@@ -145,3 +187,9 @@ def num_virtual_tokens(record: AdapterRecord) -> int:
 def _discard(making: "asyncio.Future[Upload]") -> None:
     if making.exception() is None:
         making.result().discard()
+
+
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    """Of work that nobody waits for any more."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.warning("a change to an adapter failed after its client had gone", error=str(error))

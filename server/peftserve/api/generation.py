@@ -10,13 +10,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-import anyio
-import anyio.to_thread
 import msgspec
 
 from peftserve.adapters.manifest import AdapterRecord
 from peftserve.api import limits as bounds
 from peftserve.api.adapter_service import AdapterService, num_virtual_tokens
+from peftserve.api.encoding import Encodings
 from peftserve.api.request import (
     ChatPrompt,
     Delta,
@@ -41,8 +40,6 @@ from peftserve.types import AdapterRef, EngineRequest, SamplingParams, TokenEven
 
 # In characters or token ids, over all prompts of a request.
 _INLINE_SIZE = 4096  # less is encoded at once: a thread costs more than it saves
-_LONG_SIZE = 1 << 16  # more waits for its turn: a flood of long prompts must leave cores to the engine and to others
-_LONG_AT_ONCE = 2
 _MERGE_AT = 64  # deltas of one sequence that wait for a slow reader
 _RETRY_S = 2.0
 
@@ -82,7 +79,7 @@ class GenerationService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._mean_s = 1.0  # running mean of a request's duration, for the Retry-After hint
-        self._encoding_long = anyio.CapacityLimiter(_LONG_AT_ONCE)
+        self.encodings = Encodings()
         self.draining = False
 
     @property
@@ -170,8 +167,7 @@ class GenerationService:
         size = sum(map(_size, request.prompts))
         if size <= _INLINE_SIZE and not any(isinstance(prompt, ChatPrompt) for prompt in request.prompts):
             return self._encode_all(request, info)
-        limiter = self._encoding_long if size > _LONG_SIZE else None
-        return await anyio.to_thread.run_sync(self._encode_all, request, info, limiter=limiter)
+        return await self.encodings.run(size, lambda: self._encode_all(request, info))
 
     def _encode_all(self, request: GenerateRequest, info: EngineInfo) -> list[list[int]]:
         return [self._encode_one(prompt, request.prompt_field, info) for prompt in request.prompts]
@@ -295,7 +291,7 @@ class _Run:
         for sequence in self._sequences:
             self._observed.finished(
                 reason=sequence.outcome,
-                prompt_tokens=sequence.num_prompt_tokens,
+                prompt_tokens=sequence.num_prompt_tokens if sequence.was_started else 0,
                 seconds=now - self._arrived,
             )
 

@@ -18,6 +18,7 @@ class SequenceOutput:
         self.queued_s = 0.0
         self.adapter_wait_s = 0.0
         self.first_token_at: float | None = None
+        self.was_started = False  # whether the engine has begun with the prompt
         self.outcome: str = FinishReason.ABORT
         self._text = text
         self._tokenizer = tokenizer
@@ -33,6 +34,7 @@ class SequenceOutput:
         """
         if event.num_cached_tokens is not None:
             self.num_cached_tokens = event.num_cached_tokens
+        self.was_started |= bool(event.token_ids) or event.queued_s is not None
         self.queued_s = event.queued_s or self.queued_s
         self.adapter_wait_s = event.adapter_wait_s or self.adapter_wait_s
         if event.finish_reason is FinishReason.ERROR:

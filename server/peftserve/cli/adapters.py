@@ -73,7 +73,10 @@ def list_(json: Json = False, url: Url = DEFAULT_URL, grpc: Grpc = None, api_key
             adapter.digest[:12],
             f"{adapter.created_at:%Y-%m-%d %H:%M}",
         )
-    console().print(table if adapters else "no adapters")
+    screen = console()
+    if not screen.is_terminal:
+        screen.width = 1000  # whoever reads it by line wants names whole
+    screen.print(table if adapters else "no adapters")
 
 
 @app.command()

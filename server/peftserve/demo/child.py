@@ -42,7 +42,7 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PEFTSERVE_") or key in _KEPT}
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "peftserve.cli", "serve", *flags],
+            [sys.executable, "-P", "-m", "peftserve.cli", "serve", *flags],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,

@@ -9,9 +9,8 @@ CPU both would lie in the same memory: there the weights move, and an eviction m
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 
 from peftserve.engine.adapter_entry import AdapterEntry, AdapterState
 from peftserve.engine.adapter_memory import AdapterMemory, HostAdapter, Placement
@@ -23,7 +22,11 @@ from peftserve.types import AdapterKind, AdapterRef
 
 
 class AdapterCache:
-    """Adapters by digest. `on_done` is called from a loader thread when `poll` has something to take in."""
+    """Adapters by digest. `on_done` is called from a loader thread when `poll` has something to take in.
+
+    A failed load is tried again after `retry_s`; one that finds no room in the host tier waits `starvation_s` at most
+    before others that are waited for are dropped for it.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class AdapterCache:
         *,
         host_bytes: int,
         retry_s: float,
+        starvation_s: float,
         on_done: Callable[[], None] = lambda: None,
         threads: int = 2,
     ) -> None:
@@ -45,8 +49,10 @@ class AdapterCache:
         self._kv = kv
         self._host_budget = host_bytes
         self._retry_s = retry_s
+        self._starvation_s = starvation_s
         self._entries: OrderedDict[str, AdapterEntry] = OrderedDict()  # least recently used first
         self._placed: OrderedDict[str, AdapterEntry] = OrderedDict()  # those with a place on the device, likewise
+        self._pins_to_place: dict[str, AdapterEntry] = {}  # pinned, on the host, and the device has had no room yet
         self._changed: dict[str, None] = {}  # digests whose residency has changed since `take_changes`
         self._backlog: deque[AdapterEntry] = deque()  # loads that wait for a thread, or for room in the host tier
         self._pool: LoaderPool[AdapterEntry, HostAdapter | Placement] = LoaderPool(threads, on_done)
@@ -68,7 +74,7 @@ class AdapterCache:
         """Take a reference to the adapter on the device; returns its slot, or None when it is not there yet.
 
         None starts its way to the device if there is room, or if unused adapters can be evicted. `urgent` also evicts
-        those that other requests wait for.
+        those that other requests wait for, if somebody has used them since they came.
         """
         entry = self._entries[digest]
         self._entries.move_to_end(digest)
@@ -79,6 +85,7 @@ class AdapterCache:
         if entry.state is not AdapterState.DEVICE or entry.placement is None:
             return None
         entry.refs += 1
+        entry.is_used = True
         self._touch(entry)
         return entry.placement.slot
 
@@ -109,6 +116,22 @@ class AdapterCache:
         """Whether a request for it may wait for a place now (it is on the host or beyond)."""
         entry = self._entries.get(digest)
         return entry is not None and (entry.host is not None or entry.placement is not None)
+
+    def is_kept_out(self, digest: str) -> bool:
+        """Whether an adapter for which `acquire` found no room will find none while the pinned ones stay."""
+        entry = self._entries[digest]
+        host = entry.host
+        if entry.state is not AdapterState.HOST or host is None:
+            return False
+        if host.kind is AdapterKind.PREFIX:
+            pages = sum(
+                len(other.placement.pages) for other in self._placed.values() if other.pinned and other.placement
+            )
+            return self._pages_needed(host) + pages > self._kv.num_pages
+        others = self._on_device(uses_pages=False)
+        pinned = [other for other in others if other.pinned]
+        # Though there is room enough, it may lie between them in pieces that are too small.
+        return len(pinned) == len(others) or not self._fits_beside(pinned, host)
 
     @property
     def pages_in_transit(self) -> bool:
@@ -149,7 +172,7 @@ class AdapterCache:
         entry.doomed = False
         self._touch(entry)
         if pinned and entry.state is AdapterState.HOST:
-            self._place(entry, urgent=False)
+            self._place_pinned(entry)
         self._settle(entry)
 
     def unload(self, digest: str) -> None:
@@ -174,12 +197,18 @@ class AdapterCache:
             self._settle(entry)
         if changed:
             self._trim_host()
+        for entry in list(self._pins_to_place.values()):
+            self._place_pinned(entry)
         self._start_loads()
         return changed
 
     def reclaim_pages(self) -> bool:
         """Evict one unused prefix adapter, so that its KV pages are free; False when there is none."""
-        return self._evict_device(lambda entry: bool(entry.placement and entry.placement.pages), urgent=True)
+        for entry in self._on_device(uses_pages=True):
+            if _is_idle(entry):
+                self._evict(entry)
+                return True
+        return False
 
     def close(self) -> None:
         """Stop the loader threads."""
@@ -208,7 +237,10 @@ class AdapterCache:
         while self._backlog and self._pool.in_flight < self._pool.threads:
             self._trim_host()
             if self.host_bytes_used > self._host_budget:
-                return  # all of it is waited for; room comes as those requests start
+                # All of it is waited for. Room comes as those requests start, unless as many come again.
+                if time.monotonic() - self._backlog[0].load_started > self._starvation_s:
+                    self._send_back()
+                return
             entry = self._backlog.popleft()
             self._pool.submit(entry, partial(self._memory.load, entry.ref))
 
@@ -216,20 +248,19 @@ class AdapterCache:
         self.loads += 1
         entry.load_s = time.monotonic() - entry.load_started
         if reason := self._never_fits(host):
-            self._failed(entry, AdapterLoadError(f"adapter {entry.ref.name} cannot be served: {reason}"))
+            self._failed(entry, AdapterLoadError(reason))
             return
         self._keep_host(entry, host)
         entry.num_virtual_tokens = host.num_virtual_tokens
         entry.move(AdapterState.HOST)
         if entry.pinned:
-            self._place(entry, urgent=False)
+            self._place_pinned(entry)
 
     def _never_fits(self, host: HostAdapter) -> str | None:
         if host.host_bytes > self._host_budget:
             return f"it needs {host.host_bytes} bytes of host memory, adapter_host_bytes is {self._host_budget}"
         if host.kind is AdapterKind.PREFIX:
-            # One page more, so that a request has at least a page of its own.
-            pages = self._kv.pages_for(host.num_virtual_tokens) + 1
+            pages = self._pages_needed(host)
             if pages > self._kv.num_pages:
                 return f"its prefix needs {pages} KV pages, kv_cache_bytes holds {self._kv.num_pages}"
         elif not self._memory.fits(host):
@@ -250,11 +281,11 @@ class AdapterCache:
         host = entry.host
         if host is None:
             raise RuntimeError(f"adapter {entry.ref.name} has no host copy")
-        uses_pages = host.kind is AdapterKind.PREFIX
         while (placement := self._reserve(host)) is None:
-            if not self._evict_device(lambda e: uses_pages == bool(e.placement and e.placement.pages), urgent=urgent):
+            if not self._make_room(host, urgent=urgent):
                 return
         entry.placement = placement
+        entry.is_used = False
         self._placed[entry.ref.digest] = entry
         self.device_bytes_used += placement.device_bytes
         entry.move(AdapterState.LOADING)
@@ -264,6 +295,14 @@ class AdapterCache:
             return placement
 
         self._pool.submit(entry, copy)
+
+    def _place_pinned(self, entry: AdapterEntry) -> None:
+        """Now if there is room, else as soon as there is."""
+        self._pins_to_place.pop(entry.ref.digest, None)
+        if entry.pinned and entry.state is AdapterState.HOST:
+            self._place(entry, urgent=False)
+            if entry.state is AdapterState.HOST:
+                self._pins_to_place[entry.ref.digest] = entry
 
     def _placed_on_device(self, entry: AdapterEntry) -> None:
         if entry.host is not None:
@@ -288,14 +327,42 @@ class AdapterCache:
         del self._placed[entry.ref.digest]
         self.device_bytes_used -= placement.device_bytes
 
-    def _evict_device(self, wanted: Callable[[AdapterEntry], bool], *, urgent: bool) -> bool:
-        for entry in self._placed.values():
-            idle = entry.state is AdapterState.DEVICE and not entry.refs and not entry.pinned
-            if idle and wanted(entry) and (urgent or not entry.waiters):
-                self.evictions_device += 1
-                self._leave_device(entry)
-                return True
-        return False
+    def _make_room(self, host: HostAdapter, *, urgent: bool) -> bool:
+        """Evict one adapter for `host`'s sake; False when that would not help, however many went."""
+        is_prefix = host.kind is AdapterKind.PREFIX
+        others = self._on_device(uses_pages=is_prefix)
+        able = [entry for entry in others if _is_idle(entry) and (not entry.waiters or (urgent and entry.is_used))]
+        if is_prefix:
+            pages = sum(len(entry.placement.pages) for entry in able if entry.placement)
+            if self._kv.num_available + pages < self._kv.pages_for(host.num_virtual_tokens):
+                return False
+        else:
+            if not self._fits_beside([entry for entry in others if entry not in able], host):
+                return False
+            if not self._memory.fits(host, taken_slots=_count(others, host.kind)):
+                able = [entry for entry in able if entry.ref.kind is host.kind]  # only they have what is missing: slots
+        if not able:
+            return False
+        self._evict(able[0])
+        return True
+
+    def _fits_beside(self, others: Sequence[AdapterEntry], host: HostAdapter) -> bool:
+        """Whether a LoRA or bottleneck adapter could be placed with only these there, if room were in one piece."""
+        taken = sum(entry.placement.device_bytes for entry in others if entry.placement)
+        return self._memory.fits(host, taken_bytes=taken, taken_slots=_count(others, host.kind))
+
+    def _on_device(self, *, uses_pages: bool) -> list[AdapterEntry]:
+        """What has a place there, or will have: prefixes, or all others. Least recently used first."""
+        return [entry for entry in self._placed.values() if uses_pages == (entry.ref.kind is AdapterKind.PREFIX)]
+
+    def _pages_needed(self, host: HostAdapter) -> int:
+        """KV pages of a prefix, and one more, so that a request has at least a page of its own."""
+        return self._kv.pages_for(host.num_virtual_tokens) + 1
+
+    def _evict(self, entry: AdapterEntry) -> None:
+        self.evictions_device += 1
+        self._leave_device(entry)
+        self._trim_host()  # what it had lent is on the host again
 
     def _leave_device(self, entry: AdapterEntry) -> None:
         if entry.host is not None and entry.host.lent and entry.placement is not None:
@@ -313,25 +380,36 @@ class AdapterCache:
             self._drop(entry)
 
     def _trim_host(self) -> None:
-        """Drop host copies, least recently used first, until the budget holds: first those also on the device."""
+        """Drop host copies, least recently used first, until the budget holds: first those also on the device, last of
+        these the ones that are waited for."""
         excess = self.host_bytes_used - self._host_budget
         if excess <= 0:
             return
         copies = [entry for entry in self._placed.values() if entry.state is AdapterState.DEVICE]
-        only = (entry for entry in self._entries.values() if entry.state is AdapterState.HOST and not entry.pinned)
-        dropped = []
-        for entry in chain(copies, only):
+        only = [entry for entry in self._entries.values() if entry.state is AdapterState.HOST and not entry.pinned]
+        free = [entry for entry in copies + only if not entry.waiters]
+        for entry in free + [entry for entry in copies if entry.waiters]:
             if excess <= 0:
                 break
-            if entry.host is not None and not entry.host.lent and not entry.waiters:
+            if entry.host is not None and not entry.host.lent:
                 excess -= entry.host.host_bytes
-                dropped.append(entry)
-        for entry in dropped:
-            self.evictions_host += 1
-            self._keep_host(entry, None)
-            self._touch(entry)
-            if entry.placement is None:
-                self._drop(entry)
+                self._drop_host(entry)
+                if entry.placement is None:
+                    self._drop(entry)
+
+    def _send_back(self) -> None:
+        """Drop the host copy that was used least recently, of those that are waited for: it is loaded anew in turn."""
+        for entry in self._entries.values():
+            if entry.state is AdapterState.HOST and entry.host is not None and not entry.pinned:
+                self._drop_host(entry)
+                entry.move(AdapterState.LOADING)
+                self._queue_load(entry)
+                return
+
+    def _drop_host(self, entry: AdapterEntry) -> None:
+        self.evictions_host += 1
+        self._keep_host(entry, None)
+        self._touch(entry)
 
     def _keep_host(self, entry: AdapterEntry, host: HostAdapter | None) -> None:
         """Set the entry's host copy."""
@@ -354,3 +432,12 @@ class AdapterCache:
         if entry.placement:
             self._give_back(entry)
         self._drop(entry)
+
+
+def _is_idle(entry: AdapterEntry) -> bool:
+    """On the device, and nobody would miss it there right now."""
+    return entry.state is AdapterState.DEVICE and not entry.refs and not entry.pinned
+
+
+def _count(entries: Sequence[AdapterEntry], kind: AdapterKind) -> int:
+    return sum(entry.ref.kind is kind for entry in entries)

@@ -36,6 +36,7 @@ class AdapterEntry:
     placement: Placement | None = None
     refs: int = 0  # running requests
     waiters: int = 0  # requests that will want it: its host copy stays
+    is_used: bool = False  # whether a request has run with it since it came to the device
     pinned: bool = False
     doomed: bool = False  # unload when the last user is gone
     error: PeftserveError | None = None

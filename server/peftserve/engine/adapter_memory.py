@@ -45,10 +45,10 @@ class AdapterMemory(Protocol):
     """Called by the adapter cache. `load` and `copy` run on its loader thread, the others on the step thread."""
 
     def load(self, ref: AdapterRef) -> HostAdapter:
-        """Read, verify and pack the adapter. Blocks. Raises `AdapterLoadError`."""
+        """Read, verify and pack the adapter. Blocks. Raises `AdapterLoadError` with the reason, and no name."""
 
-    def fits(self, adapter: HostAdapter) -> bool:
-        """Whether it could be placed on an otherwise empty device (LoRA and bottleneck)."""
+    def fits(self, adapter: HostAdapter, *, taken_bytes: int = 0, taken_slots: int = 0) -> bool:
+        """Whether it could be placed (LoRA and bottleneck) where others take so many bytes and, of its kind, slots."""
 
     def reserve(self, adapter: HostAdapter) -> Placement | None:
         """Take a slot and arena room for a LoRA or bottleneck adapter, copying nothing; None when there is no room."""

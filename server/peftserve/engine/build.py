@@ -55,7 +55,12 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
     )
     kv = KvPageManager(num_pages, config.page_size, prefix_caching=config.prefix_caching)
     adapters = AdapterCache(
-        memory, kv, host_bytes=config.adapter_host_bytes, retry_s=config.adapter_retry_s, on_done=wake
+        memory,
+        kv,
+        host_bytes=config.adapter_host_bytes,
+        retry_s=config.adapter_retry_s,
+        starvation_s=config.starvation_s,
+        on_done=wake,
     )
     limits = SchedulerLimits(
         max_batch_tokens=config.max_batch_tokens,

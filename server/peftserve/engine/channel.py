@@ -74,13 +74,17 @@ class EngineChannel:
         with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending already
             self._wake_in.send(b"\0")
 
-    def receive(self, timeout: float | None) -> list[Command]:
-        """The commands that have come, waiting up to `timeout` seconds (None: until there is something).
+    def receive(self, timeout: float | None) -> list[Command] | None:
+        """The commands that have come, waiting up to `timeout` seconds (None: until there is something). None is for
+        nothing at all; when it was woken, there may be no command either.
 
         EOFError when the front end is gone.
         """
         commands: list[Command] = []
-        for key, _ in self._selector.select(timeout):
+        ready = self._selector.select(timeout)
+        if not ready:
+            return None
+        for key, _ in ready:
             if key.fileobj is self._wake_out:
                 self._wake_out.recv(_READ_SIZE)
                 continue

@@ -6,11 +6,12 @@ import enum
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peftserve.config import EngineConfig
 from peftserve.engine import channel
+from peftserve.engine.adapter_entry import AdapterState
 from peftserve.engine.messages import (
     AbortRequest,
     AdapterResidency,
@@ -39,6 +40,7 @@ _STOP_S = 5.0
 _BACKOFF_S = (0.2, 1.0, 5.0, 15.0, 30.0)  # between restarts that follow one another; the last repeats
 _STABLE_S = 60.0  # an engine that lived this long starts again without delay
 _READ_SIZE = 1 << 16
+_RESIDENT = frozenset({AdapterState.HOST.value, AdapterState.DEVICE.value})
 
 Take = Callable[[TokenEvent], None]
 
@@ -56,7 +58,8 @@ class EngineState(enum.StrEnum):
 class EngineClient:
     """One engine process at a time, over a socket pair. All methods belong to one event loop.
 
-    `on_update` sees every `StepUpdate` (metrics); `on_ready` is called after each start, also after a restart.
+    `on_update` sees every `StepUpdate` (metrics). `on_ready` is called after each start, after a restart with the
+    adapters that the last engine held, so that those still wanted can be brought back.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class EngineClient:
         log_level: str = "info",
         log_format: str = "console",
         on_update: Callable[[StepUpdate], None] | None = None,
-        on_ready: Callable[[EngineInfo], None] | None = None,
+        on_ready: Callable[[EngineInfo, Sequence[AdapterRef]], None] | None = None,
     ) -> None:
         self.state = EngineState.STOPPED
         self.info: EngineInfo | None = None
@@ -82,6 +85,7 @@ class EngineClient:
         self._hang_timeout_s = hang_timeout_s
         self._on_update = on_update
         self._on_ready = on_ready
+        self._held_before: list[AdapterRef] = []
         self._takers: dict[str, Take] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -153,8 +157,6 @@ class EngineClient:
 
     def unload(self, digest: str) -> None:
         """Drop an adapter from the engine's memory when its last request is done."""
-        if self.state is not EngineState.READY:
-            self.residency.pop(digest, None)  # nor brought back by the next engine
         self._send(UnloadAdapter(digest=digest))
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -189,7 +191,8 @@ class EngineClient:
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "peftserve.engine.process", str(theirs.fileno())),
+                # -P: what lies in the current directory is no module of ours
+                *("-P", "-m", "peftserve.engine.process", str(theirs.fileno())),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
             )
@@ -208,6 +211,10 @@ class EngineClient:
             if self.state is EngineState.READY:
                 await self._set_state(EngineState.RESTARTING)
             self.stats = EngineStats()
+            # What was on its way may be what ended the engine, and would end the next one.
+            held = [adapter for adapter in self.residency.values() if adapter.state in _RESIDENT]
+            self._held_before += map(_ref, held)
+            self.residency = {}
             self._fail_requests(EngineDeadError("the engine stopped while the request was running", retry_after_s=2.0))
 
     async def _read_updates(self, reader: asyncio.StreamReader) -> None:
@@ -231,12 +238,9 @@ class EngineClient:
                     self._on_update(update)
             case Ready(info=info):
                 self.info = info
-                # Pins come back from the store (`on_ready`): they may have changed while no engine could be told.
-                before, self.residency = self.residency, {}
-                for adapter in before.values():
-                    self.prefetch(_ref(adapter))
+                held, self._held_before = self._held_before, []
                 if self._on_ready:
-                    self._on_ready(info)
+                    self._on_ready(info, held)
                 if self.state is not EngineState.STOPPED:
                     await self._set_state(EngineState.READY)
             case Fatal(error=error):

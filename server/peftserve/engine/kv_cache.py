@@ -76,9 +76,13 @@ class KvPageManager:
                 del self._cached[page]
             self._refs[page] += 1
             pages.append(page)
-        self.queries += len(hashes)
-        self.hits += len(pages)
         return pages
+
+    def count_lookup(self, queried: int, found: int) -> None:
+        """A sequence has started, with so many tokens looked up in the cache and found there."""
+        if self._caching:
+            self.queries += queried
+            self.hits += found
 
     def publish(self, page: int, value: bytes) -> None:
         """Make a held, fully computed page known by its hash. The first page with a hash keeps it."""

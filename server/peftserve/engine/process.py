@@ -29,7 +29,9 @@ _REST_S = 1.0
 def main(fd: int) -> int:
     """Serve one front end until it asks to shut down or goes away; returns the exit status."""
     memory.share_one_heap()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides
+    # Ctrl-C, and the SIGTERM of service managers, reach the whole group. The front end decides, and lets requests end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=fd))
     try:
         return _serve(channel)
@@ -38,7 +40,9 @@ def main(fd: int) -> int:
 
 
 def _serve(channel: EngineChannel) -> int:
-    start, *early = channel.receive(None)
+    while not (received := channel.receive(None)):
+        pass  # a part of a message
+    start, *early = received
     if not isinstance(start, Start):
         raise RuntimeError(f"expected Start, got {type(start).__name__}")
     logging_setup.configure(start.log_level, start.log_format)
@@ -72,12 +76,12 @@ def run(core: EngineCore, channel: EngineChannel) -> int:
         if patience is None and not is_rested:
             patience = _REST_S
         commands = channel.receive(patience)
-        if patience == _REST_S and not commands:
+        if commands is None and patience == _REST_S:
             memory.release_freed()
             memory.drop_library_pages()
             is_rested = True
             continue
-        for command in commands:
+        for command in commands or ():
             if isinstance(command, Shutdown):
                 core.scheduler.fail_all(UnavailableError("the server is shutting down"))
                 channel.send(core.step())

@@ -40,6 +40,7 @@ class Request:
     spec: EngineRequest
     seed: int
     arrived: float = field(default_factory=time.monotonic)
+    refused: float | None = None  # since when it has come up to start, and found no room
     state: RequestState = RequestState.WAITING_ADAPTER
     token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)

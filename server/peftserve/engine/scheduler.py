@@ -3,7 +3,8 @@
 `schedule` makes a `StepPlan`, `commit` takes its `StepResult` in; between the two nothing changes. Decode comes first,
 so that running streams never wait for a prompt; prompts share what is left of the token budget in chunks. A request
 that comes up in fair order but cannot be placed (no room for its adapter or its KV pages) may be overtaken, but not for
-ever: after `starvation_s` nobody starts before it, and adapters that nobody uses are evicted for its sake.
+ever: `starvation_s` after that nobody starts before it, and adapters that nobody uses are evicted for its sake, by one
+request a step. One that pinned adapters leave no room for fails at once.
 """
 
 import random
@@ -149,10 +150,13 @@ class Scheduler:
         """Let the requests that wait for an adapter go on, or end with the reason why it cannot be loaded."""
         state = self._adapters.state(digest)
         if state is AdapterState.FAILED:
-            cause = self._adapters.error(digest) or AdapterLoadError("the adapter could not be loaded")
+            cause = self._adapters.error(digest) or AdapterLoadError("no reason is known")
             waiting = [request for request in self.waiting if request.digest == digest]
             for request in waiting + self._awaiting_adapter.get(digest, []):
-                self._finish(request, FinishReason.ERROR, error=cause)
+                # By the name that this request has for it: another tenant's is nobody else's business.
+                message = f"adapter {_adapter_name(request)} cannot be loaded: {cause.message}"
+                error = AdapterLoadError(message, faults=cause.faults, retry_after_s=cause.retry_after_s)
+                self._finish(request, FinishReason.ERROR, error=error)
         elif self._adapters.is_on_host(digest):
             for request in self._awaiting_adapter.pop(digest, ()):
                 request.num_virtual_tokens = self._adapters.num_virtual_tokens(digest)
@@ -207,14 +211,19 @@ class Scheduler:
             return
         now = self._clock()
         order = self.waiting.in_order()
+        urged = False
         while budget > 0 and len(self.running) < self._limits.max_num_seqs:
             request = order.next()
             if request is None:
                 return
-            starved = now - request.arrived > self._limits.starvation_s
-            if not self._start(request, copies, urgent=starved):
-                if starved and self.running and not self._on_its_way(request):
-                    return
+            starved = request.refused is not None and now - request.refused > self._limits.starvation_s
+            if not self._start(request, copies, urgent=starved and not urged):
+                if request.refused is None:
+                    request.refused = now
+                if starved and request.state is RequestState.WAITING and not self._on_its_way(request):
+                    if self.running:
+                        return
+                    urged = True
                 continue
             size = min(request.num_pending, budget)
             chunks[request] = size
@@ -233,6 +242,7 @@ class Scheduler:
         if digest is not None:
             slot = self._adapters.acquire(digest, urgent=urgent)
             if slot is None:
+                self._fail_if_kept_out(request)
                 return False
             request.slot = slot
             prefix = self._adapters.prefix_pages(digest)
@@ -259,14 +269,25 @@ class Scheduler:
         if request.first_scheduled is None:
             request.first_scheduled = self._clock()
             request.num_cached_tokens = request.num_computed - request.num_virtual_tokens
+            self._kv.count_lookup(len(request.spec.prompt_token_ids), request.num_cached_tokens)
         if num_partial and not cached:
             copies[request] = PageCopy(prefix[num_full], own[0], num_partial)
         self.waiting.remove(request)
         if digest is not None:
             self._adapters.unwant(digest)
+        request.refused = None
         request.move(RequestState.RUNNING)
         self.running.append(request)
         return True
+
+    def _fail_if_kept_out(self, request: Request) -> None:
+        if request.digest is not None and self._adapters.is_kept_out(request.digest):
+            is_prefix = _kind(request) is AdapterKind.PREFIX
+            error = OverloadedError(
+                f"adapter {_adapter_name(request)} does not fit beside the pinned adapters; unpin one, or raise "
+                + ("kv_cache_bytes" if is_prefix else "adapter_device_bytes or max_device_adapters"),
+            )
+            self._finish(request, FinishReason.ERROR, error=error)
 
     def _fail_if_hopeless(self, request: Request, needed: int) -> None:
         """With nothing running, pages that are missing now will never come: pinned prefix adapters hold them."""
@@ -331,7 +352,7 @@ class Scheduler:
     def _take(self, request: Request, sampled: plans.Sampled) -> None:
         """Append a sampled token and end the request if that was its last."""
         if not sampled.is_finite:
-            who = f"adapter {request.spec.adapter.name}" if request.spec.adapter else "the base model"
+            who = f"adapter {_adapter_name(request)}" if request.spec.adapter else "the base model"
             error = InternalError(f"the output of {who} is not a number: its weights overflow in the served dtype")
             self._finish(request, FinishReason.ERROR, error=error)
             return
@@ -381,6 +402,10 @@ class Scheduler:
         requests.remove(request)
         if not requests:
             del self._awaiting_adapter[request.digest or ""]
+
+
+def _adapter_name(request: Request) -> str:
+    return request.spec.adapter.name if request.spec.adapter else ""
 
 
 def _kind(request: Request) -> AdapterKind:

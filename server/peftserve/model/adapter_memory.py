@@ -38,6 +38,7 @@ class _Slots:
     """Table rows of one kind, and the arena extents behind each one in use."""
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self._free = list(range(count))
         self._extents: dict[int, tuple[Extent, ...]] = {}
 
@@ -103,15 +104,14 @@ class DeviceAdapterMemory:
     # -- loader threads ------------------------------------------------------------------------------------------
 
     def load(self, ref: AdapterRef) -> HostAdapter:
-        """Read, verify, parse and pack. Whatever is wrong becomes an `AdapterLoadError` that names the adapter."""
+        """Read, verify, parse and pack. Whatever is wrong becomes an `AdapterLoadError`, which names no adapter: the
+        same bytes may have several names, of several tenants."""
         try:
             packed = self._load(ref)
         except PeftserveError as error:
-            raise AdapterLoadError(
-                f"adapter {ref.name} cannot be loaded: {error.message}", faults=error.faults
-            ) from error
+            raise AdapterLoadError(error.message, faults=error.faults) from error
         except (OSError, ValueError, MemoryError) as error:
-            raise AdapterLoadError(f"adapter {ref.name} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise AdapterLoadError(f"{type(error).__name__}: {error}") from error
         tokens = packed.num_tokens if isinstance(packed, PackedPrefix) else 0
         return HostAdapter(ref=ref, host_bytes=packed.nbytes, num_virtual_tokens=tokens, weights=packed)
 
@@ -129,9 +129,10 @@ class DeviceAdapterMemory:
 
     # -- step thread ---------------------------------------------------------------------------------------------
 
-    def fits(self, adapter: HostAdapter) -> bool:
-        """Whether a LoRA or bottleneck adapter could be placed with nothing else in the arena."""
-        return _ends(adapter)[-1] <= self._arena.capacity
+    def fits(self, adapter: HostAdapter, *, taken_bytes: int = 0, taken_slots: int = 0) -> bool:
+        """Whether so much of the arena and so many slots of its kind leave room for a LoRA or bottleneck adapter."""
+        room = self._arena.capacity - taken_bytes // self._dtype.itemsize
+        return _ends(adapter)[-1] <= room and self._slots[adapter.kind].count > taken_slots
 
     def reserve(self, adapter: HostAdapter) -> Placement | None:
         """A slot and arena room, all or nothing."""

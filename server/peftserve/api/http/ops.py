@@ -45,23 +45,23 @@ async def tokenize(request: Request) -> Response:
     body = await read_json(request, TokenizeBody)
     services = services_of(request)
     tokenizer, info = services.tokenizer, services.engine.info
-    if body.messages is not None:
-        conversation = [message.for_template() for message in body.messages]
-        tokens = await anyio.to_thread.run_sync(tokenizer.apply_chat_template, conversation)
-    else:
-        text, special = body.prompt or "", body.add_special_tokens
-        tokens = await anyio.to_thread.run_sync(lambda: tokenizer.encode(text, add_special_tokens=special))
-    strings = None
-    if body.return_token_strs:
-        strings = await anyio.to_thread.run_sync(lambda: [tokenizer.token(token) for token in tokens])
-    return json_response(
-        {
-            "count": len(tokens),
-            "max_model_len": 0 if info is None else info.max_model_len,
-            "tokens": tokens,
-            "token_strs": strings,
-        }
-    )
+
+    def work() -> Response:
+        if body.messages is not None:
+            tokens = tokenizer.apply_chat_template([message.for_template() for message in body.messages])
+        else:
+            tokens = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return json_response(
+            {
+                "count": len(tokens),
+                "max_model_len": 0 if info is None else info.max_model_len,
+                "tokens": tokens,
+                "token_strs": [tokenizer.token(token) for token in tokens] if body.return_token_strs else None,
+            }
+        )
+
+    size = len(body.prompt or "") + sum(message.size for message in body.messages or ())
+    return await services.generation.encodings.run(size, work)
 
 
 async def detokenize(request: Request) -> Response:
