@@ -23,7 +23,7 @@ from prometheus_client import disable_created_metrics
 
 from peftserve import __version__, log, memory
 from peftserve.adapters.blobs import adapters_root
-from peftserve.adapters.pins import PinQuota
+from peftserve.adapters.device_quota import DeviceQuota
 from peftserve.adapters.store import AdapterStore
 from peftserve.api.adapter_service import AdapterService
 from peftserve.api.auth import Authenticator
@@ -117,13 +117,13 @@ async def _services(config: Config) -> AsyncIterator["RunningServices"]:
 
     def on_ready(info: EngineInfo, held_before: Sequence[AdapterRef]) -> None:
         metrics.engine_started()
-        quota = PinQuota.of(
+        quota = DeviceQuota.of(
             config.engine,
             adapter_device_bytes=info.adapter_device_bytes,
             kv_pages=info.num_kv_pages,
             element_bytes=4 if info.dtype == "float32" else 2,
         )
-        store.limit_pins(quota)
+        store.limit_to(quota)
         task = asyncio.get_running_loop().create_task(adapters.restore(held_before))
         restoring.add(task)
         task.add_done_callback(restoring.discard)

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from typing_extensions import override
 
-from peftserve.adapters.pins import PinQuota
+from peftserve.adapters.device_quota import DeviceQuota
 from peftserve.adapters.store import AdapterStore
 from peftserve.api.adapter_service import AdapterService
 from peftserve.api.auth import Authenticator
@@ -140,6 +140,21 @@ async def dies(request: EngineRequest) -> AsyncIterator[TokenEvent]:
     yield TokenEvent(request_id=request.id, finish_reason=FinishReason.ERROR, error=error.to_info())
 
 
+def resident(ref: AdapterRef) -> AdapterResidency:
+    """An adapter that the engine holds."""
+    return AdapterResidency(
+        digest=ref.digest,
+        name=ref.name,
+        tenant=ref.tenant,
+        kind=ref.kind,
+        state="host",
+        refs=0,
+        pinned=False,
+        host_bytes=1,
+        device_bytes=0,
+    )
+
+
 @dataclass(frozen=True)
 class World:
     """One server's insides."""
@@ -163,8 +178,8 @@ def make_world(root: Path, tokenizer: Tokenizer, script: Script, **settings: Any
         max_rank=16,
         reserved_names={MODEL},
     )
-    store.limit_pins(
-        PinQuota.of(
+    store.limit_to(
+        DeviceQuota.of(
             config.engine,
             adapter_device_bytes=config.engine.adapter_device_bytes or 1 << 20,
             kv_pages=64,

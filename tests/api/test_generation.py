@@ -15,7 +15,7 @@ from peftserve.api.http.openai_schemas import ChatCompletionBody, CompletionBody
 from peftserve.api.request import ChatPrompt, Delta, GenerateRequest, Prompt, TextPrompt, TokenPrompt
 from peftserve.api.schemas import ChatMessage, GenerateBody, Sampling
 from peftserve.engine.client import EngineState
-from peftserve.engine.messages import AdapterResidency, EngineStats
+from peftserve.engine.messages import EngineStats
 from peftserve.errors import (
     AdapterNotFoundError,
     DeadlineExceededError,
@@ -30,26 +30,12 @@ from peftserve.text.tokenizer import Tokenizer
 from peftserve.types import AdapterKind, AdapterRef, EngineRequest, FinishReason, TokenEvent
 from tests.adapters import files
 from tests.api.conftest import MakeWorld
-from tests.api.harness import CONTEXT, MODEL, World, add_adapter, dies, endless, eventually, says, silent
+from tests.api.harness import CONTEXT, MODEL, World, add_adapter, dies, endless, eventually, resident, says, silent
 
 
 def request(prompt: str = "Hi", *, adapter_id: str | None = None, **sampling: Any) -> GenerateRequest:
     body = GenerateBody(prompt=prompt, adapter_id=adapter_id, sampling=Sampling(**sampling))
     return GenerateRequest.from_body(body, request_id="r", tenant="default")
-
-
-def resident(ref: AdapterRef) -> AdapterResidency:
-    return AdapterResidency(
-        digest=ref.digest,
-        name=ref.name,
-        tenant=ref.tenant,
-        kind=ref.kind,
-        state="host",
-        refs=0,
-        pinned=False,
-        host_bytes=1,
-        device_bytes=0,
-    )
 
 
 async def run(world: World, asked: GenerateRequest) -> list[Delta]:
@@ -465,3 +451,16 @@ async def test_metrics_count_by_kind_and_adapter(make: MakeWorld) -> None:
     assert value("vllm:e2e_request_latency_seconds_count", {"model_name": "tiny-base"}) == 4
     await world.services.adapters.delete("default", "first")
     assert value(name, {"kind": "lora", "adapter": "first", "finished_reason": "stop"}) is None
+
+
+async def test_prompt_tokens_count_once_the_engine_has_begun_with_them(make: MakeWorld) -> None:
+    async def processed(script: Any) -> float:
+        world = make(script=script)
+        task = asyncio.create_task(run(world, request(max_tokens=2)))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.wait([task])
+        return world.services.metrics.registry.get_sample_value("vllm:prompt_tokens_total", {"model_name": MODEL}) or 0
+
+    assert await processed(silent) == 0
+    assert await processed(endless) > 0

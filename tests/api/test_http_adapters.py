@@ -298,3 +298,22 @@ async def test_pipes_and_folders_are_no_adapters(make: MakeWorld, root: Path) ->
     response = await load(make(adapter_roots=[str(root)]), lora_name="mine", lora_path="lora")
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_request")
     assert "not a regular file" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "words"),
+    [
+        (files.lora, {"adapter_device_bytes": "4KiB"}, ["weights take", "adapter_device_bytes is 4096"]),
+        (lambda: files.prefix(100), {"page_size": 1}, ["needs 101 KV pages", "kv_cache_bytes holds 64"]),
+    ],
+)
+async def test_what_the_device_could_never_hold_is_refused_when_it_comes(
+    make: MakeWorld, made: Any, settings: dict[str, Any], words: list[str]
+) -> None:
+    world = make(**settings)
+    async with client_of(world) as client:
+        refused = await put(client, "mine", made())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_adapter")
+        assert all(word in refused.json()["error"]["message"] for word in words), refused.text
+        assert (await client.get("/v1/adapters/mine")).status_code == 404
+    assert staging(world) == []

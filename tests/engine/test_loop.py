@@ -10,7 +10,7 @@ from peftserve.engine import channel as channels
 from peftserve.engine import process
 from peftserve.engine.adapter_memory import HostAdapter
 from peftserve.engine.messages import AddRequest, Shutdown, StepUpdate
-from peftserve.types import AdapterKind, AdapterRef, FinishReason
+from peftserve.types import AdapterKind, AdapterRef, FinishReason, TokenEvent
 
 from .harness import Harness
 from .simulator import SimulatedMemory, adapter, request
@@ -48,3 +48,32 @@ def test_a_load_that_is_done_wakes_an_idle_engine(monkeypatch: pytest.MonkeyPatc
         loop.join()
         for end in (ours, theirs, channel._wake_in, channel._wake_out, channel._selector):
             end.close()
+
+
+def test_an_engine_whose_every_step_fails_ends() -> None:
+    h = Harness()
+    h.runner.execute = lambda plan: 1 // 0  # type: ignore[method-assign,assignment,return-value]
+    ours, theirs = socket.socketpair()
+    channel = channels.EngineChannel(theirs)
+    statuses: list[int] = []
+    loop = threading.Thread(target=lambda: statuses.append(process.run(h.core, channel)))
+    loop.start()
+    try:
+        ours.settimeout(20.0)
+        decoder = channels.update_decoder()
+        for index in range(process._MOST_FAILED_STEPS):
+            assert not statuses
+            spec = request(f"r{index}", [1, 2, 3])
+            ours.sendall(channels.encode(AddRequest(request=spec)))
+            events: list[TokenEvent] = []
+            while not events:
+                for update in decoder.feed(ours.recv(1 << 16)):
+                    assert isinstance(update, StepUpdate)
+                    events += update.events
+            assert events[-1].finish_reason is FinishReason.ERROR
+        loop.join(20)
+        assert statuses == [1]
+    finally:
+        for end in (ours, theirs, channel._wake_in, channel._wake_out, channel._selector):
+            end.close()
+        h.adapters.close()

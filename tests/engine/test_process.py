@@ -11,6 +11,7 @@ import pytest
 from peftserve.config import build
 from peftserve.engine import client as client_module
 from peftserve.engine.client import EngineClient, EngineState
+from peftserve.engine.messages import AdapterResidency
 from peftserve.errors import ConfigurationError, UnavailableError, UnsupportedModelError
 from peftserve.types import AdapterKind, AdapterRef, EngineRequest, FinishReason, SamplingParams, TokenEvent
 
@@ -151,3 +152,54 @@ async def test_what_keeps_it_from_starting_is_raised(tiny_checkpoint: Path, tmp_
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         await engine.start()
     await engine.stop()
+
+
+async def test_a_signal_to_the_group_leaves_it_to_the_front_end(client: EngineClient) -> None:
+    pid = client.pid
+    assert pid is not None
+    events = events_of(client, make_request("r", max_tokens=100))
+    await anext(events)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(pid, number)
+    assert (await collect(events))[-1].finish_reason is FinishReason.LENGTH
+    assert (client.pid, client.restarts) == (pid, 0)
+
+
+async def test_files_of_the_current_directory_are_no_modules(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("random", "torch", "types"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current directory')")
+    monkeypatch.chdir(tmp_path)
+    engine = make_client(tiny_checkpoint, tmp_path)
+    await engine.start()
+    await engine.stop()
+
+
+async def test_after_a_restart_it_tells_what_was_held_and_not_what_was_on_its_way(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    held: list[list[str]] = []
+    engine = make_client(tiny_checkpoint, tmp_path)
+    engine._on_ready = lambda info, before: held.append([ref.name for ref in before])
+    await engine.start()
+    for state in ("loading", "host", "device", "failed"):
+        engine.residency[state] = AdapterResidency(
+            digest=state,
+            name=state,
+            tenant="default",
+            kind=AdapterKind.LORA,
+            state=state,
+            refs=0,
+            pinned=False,
+            host_bytes=0,
+            device_bytes=0,
+        )
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(READY_S):
+        while engine.residency:  # nothing is shown as held by an engine that is no more  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await engine.wait_ready(READY_S)
+    await engine.stop()
+    assert held == [[], ["host", "device"]]

@@ -419,3 +419,19 @@ def test_an_error_names_the_adapter_as_the_request_does() -> None:
         assert error is not None
         assert error.message == f"adapter {name} cannot be loaded: its bytes are broken"
     assert [entry.error for entry in h.adapters.residency()] == ["its bytes are broken"]
+
+
+def test_the_prefix_cache_counts_prompt_tokens_of_what_has_started() -> None:
+    h = Harness(num_pages=16, max_model_len=64)
+    h.add(request("first", list(range(20)), max_tokens=2))
+    h.run()
+    assert (h.kv.queries, h.kv.hits) == (20, 0)
+    h.add(request("fills the cache", [99] * 24, max_tokens=30))
+    h.step()
+    h.add(request("waits", list(range(20)), max_tokens=20))
+    h.run()
+    assert h.kv.queries == 20 + 24 + 20, "however often it was tried"
+    h.add(request("again", list(range(20)), max_tokens=1))
+    before = h.kv.hits
+    h.run()
+    assert h.kv.hits - before == 16

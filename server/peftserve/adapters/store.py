@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from peftserve.adapters import blobs, locks, names
+from peftserve.adapters.device_quota import DeviceQuota
 from peftserve.adapters.index import Index
 from peftserve.adapters.manifest import AdapterManifest, AdapterRecord
-from peftserve.adapters.pins import PinQuota
 from peftserve.adapters.upload import Upload
 from peftserve.config import LimitsConfig
 from peftserve.errors import AdapterNotFoundError, ConfigurationError
@@ -54,7 +54,7 @@ class AdapterStore:
         self._max_rank = max_rank
         self._reserved = frozenset(reserved_names)
         self._keep_versions = keep_versions
-        self._pin_quota: PinQuota | None = None
+        self._quota: DeviceQuota | None = None
         try:
             for folder in (root / "blobs", blobs.staging_dir(root)):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -64,9 +64,10 @@ class AdapterStore:
         self._index = Index(index_url or f"sqlite:///{root / 'index.sqlite3'}")
         self._sweep()
 
-    def limit_pins(self, quota: PinQuota) -> None:
-        """Bound what adapters that are pinned from now on may hold, all pinned ones together; at first nothing does."""
-        self._pin_quota = quota
+    def limit_to(self, quota: DeviceQuota) -> None:
+        """Bound what adapters that come from now on may hold by themselves, and those that are pinned all together; at
+        first nothing does."""
+        self._quota = quota
 
     def close(self) -> None:
         """Close the index; the store must not be used any more."""
@@ -167,6 +168,8 @@ class AdapterStore:
         return dead
 
     def _publish(self, tenant: str, name: str, folder: Path, manifest: AdapterManifest) -> AdapterRecord:
+        if self._quota is not None:
+            self._quota.check_one(manifest.kind, manifest.details)
         with locks.hold(self._lock, exclusive=False):
             blobs.install(folder, self.root, manifest.digest)
             return self._index.publish(
@@ -179,8 +182,8 @@ class AdapterStore:
             )
 
     def _check_pins(self, pinned: Collection[AdapterRecord]) -> None:
-        if self._pin_quota is not None:
-            self._pin_quota.check(pinned)
+        if self._quota is not None:
+            self._quota.check(pinned)
 
     def _sweep(self) -> None:
         """Remove what uploads of dead processes left behind."""

@@ -37,6 +37,7 @@ class EngineCore:
         self.kv = kv
         self.adapters = adapters
         self.runner = runner
+        self.failed_steps = 0  # one after the other, up to now
 
     def handle(self, command: Command) -> None:
         """Apply what the front end asked for; takes effect with the next step."""
@@ -73,8 +74,11 @@ class EngineCore:
 
     def _execute(self, plan: StepPlan) -> StepResult | None:
         try:
-            return self.runner.execute(plan)
+            result = self.runner.execute(plan)
+            self.failed_steps = 0
+            return result
         except Exception:
+            self.failed_steps += 1
             # The pages that the step was writing were never published, so the caches are sound: only its requests end.
             log.exception("step failed", step=plan.step, rows=len(plan.rows))
             error = InternalError(f"step {plan.step} failed in the engine; the server's log has the cause")

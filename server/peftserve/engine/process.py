@@ -24,6 +24,8 @@ log = logging_setup.get_logger(__name__)
 _WAITING_POLL_S = 0.05
 # After so long without work, give back what work has left.
 _REST_S = 1.0
+# So many failed steps in a row are not their requests' fault: the device is lost, say. The next engine may do better.
+_MOST_FAILED_STEPS = 8
 
 
 def main(fd: int) -> int:
@@ -93,6 +95,9 @@ def run(core: EngineCore, channel: EngineChannel) -> int:
         # A command is always answered, if only with the state: that is what a `Ping` is for.
         if commands or update.events or update.num_batch_tokens or update.residency or update.gone:
             channel.send(update)
+        if core.failed_steps >= _MOST_FAILED_STEPS:
+            log.error("every step fails; the engine ends", failed=core.failed_steps)
+            return 1
 
 
 def _build_engine() -> Callable[[EngineConfig, Path, Callable[[], None]], tuple[EngineCore, EngineInfo]]:

@@ -81,7 +81,8 @@ class _Completions(_Format):
 
     def deltas(self, delta: Delta) -> Iterator[dict[str, Any]]:
         offset = self._offsets.get(delta.index, 0)
-        self._offsets[delta.index] = offset + sum(len(entry.chosen.text) for entry in delta.logprobs)
+        begun = sum(render_logprobs.num_characters(entry.chosen.bytes) for entry in delta.logprobs)
+        self._offsets[delta.index] = offset + begun
         if not delta.text and not delta.logprobs and delta.finish_reason is None:
             return
         yield {

@@ -1,11 +1,13 @@
-"""What pinned adapters may hold of the device: a pin is never evicted, so without a bound one tenant's pins would leave
-no place for anybody else's adapters."""
+"""What adapters may hold of the device: one by itself no more than there is, pinned ones together a share of it. (A pin
+is never evicted, so without a bound one tenant's pins would leave no place for anybody else's adapters.)"""
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from peftserve.adapters.faults import refusal
 from peftserve.adapters.manifest import AdapterRecord
 from peftserve.config import EngineConfig
 from peftserve.errors import ConflictError
@@ -13,14 +15,17 @@ from peftserve.types import AdapterKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PinQuota:
-    """`weight_bytes` for LoRA and bottleneck adapters together, `prefix_pages` of the KV cache, `slots` of each kind.
+class DeviceQuota:
+    """Pins may hold `weight_bytes` for LoRA and bottleneck adapters together, `prefix_pages` of the KV cache, and
+    `slots` of each kind.
 
-    `element_bytes` is the size of a weight on the device, `page_size` the tokens of a KV page, `share` the setting that
-    all of this follows from.
+    All of this is `share`, a setting, of what the engine has: `device_bytes` and `kv_pages`. `element_bytes` is the
+    size of a weight on the device, `page_size` the tokens of a KV page.
     """
 
     share: float
+    device_bytes: int
+    kv_pages: int
     weight_bytes: int
     prefix_pages: int
     slots: int
@@ -28,17 +33,33 @@ class PinQuota:
     page_size: int
 
     @classmethod
-    def of(cls, config: EngineConfig, *, adapter_device_bytes: int, kv_pages: int, element_bytes: int) -> "PinQuota":
+    def of(cls, config: EngineConfig, *, adapter_device_bytes: int, kv_pages: int, element_bytes: int) -> "DeviceQuota":
         """The quota that `max_pinned_share` of what the engine has comes to; `config` may leave the sizes open."""
         share = config.max_pinned_share
         return cls(
             share=share,
+            device_bytes=adapter_device_bytes,
+            kv_pages=kv_pages,
             weight_bytes=math.floor(share * adapter_device_bytes),
             prefix_pages=math.floor(share * kv_pages),
             slots=math.floor(share * config.max_device_adapters),
             element_bytes=element_bytes,
             page_size=config.page_size,
         )
+
+    def check_one(self, kind: AdapterKind, details: Mapping[str, Any]) -> None:
+        """Raise `InvalidAdapterError` for an adapter (`details` as in its record) that the device could never hold."""
+        if kind is AdapterKind.PREFIX:
+            # One page more, so that a request has at least a page of its own.
+            pages = -(-int(details["num_virtual_tokens"]) // self.page_size) + 1
+            if pages > self.kv_pages:
+                raise refusal(f"its prefix needs {pages} KV pages, and kv_cache_bytes holds {self.kv_pages}")
+            return
+        needed = int(details["padded_weights"]) * self.element_bytes
+        if needed > self.device_bytes:
+            raise refusal(
+                f"its weights take {needed} bytes of the device, and adapter_device_bytes is {self.device_bytes}"
+            )
 
     def check(self, pinned: Collection[AdapterRecord]) -> None:
         """Raise `ConflictError`, naming what is exceeded, unless all of `pinned` may be pinned together."""
