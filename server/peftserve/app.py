@@ -217,6 +217,10 @@ class _HttpServer(uvicorn.Server):
 async def _checkpoint(config: Config) -> Path:
     """The prepared checkpoint. What has to be converted first is, in a child: this process never imports torch."""
     model, data_dir = config.engine.model, config.engine.data_dir
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"data_dir: cannot write to {data_dir}: {error.strerror}", field="data_dir") from error
     found = find_prepared(model, data_dir)
     if found is not None:
         return found

@@ -70,3 +70,10 @@ def test_the_child_that_prepares_a_model_ends_with_its_parent() -> None:
     parent.stdout.close()
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()
+
+
+async def test_a_data_dir_that_is_none_is_a_configuration_error(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigurationError, match=r"data_dir: cannot write to .*/file"):
+        await app.serve(build({"data_dir": file, "port": 0, "grpc_port": 0}))
