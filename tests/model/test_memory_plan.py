@@ -12,6 +12,7 @@ from peftserve.model.config_reader import read_spec
 from peftserve.model.memory_plan import DeviceMemory, MemoryPlan, plan_memory, step_bytes, weight_bytes
 from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import load_weights
+from peftserve_kernels.nf4 import Nf4Weight
 
 GIB, MIB = 2**30, 2**20
 
@@ -99,7 +100,10 @@ def test_too_little_memory_is_refused(total: float, free: float, settings: dict[
 def test_weights_take_what_was_planned(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
     spec = read_spec(tiny_checkpoint)
     weights = load_weights(tiny_checkpoint, spec, dtype, torch.device("cpu"))
-    assert weight_bytes(spec, dtype.itemsize) == sum(tensor.nbytes for tensor in weights.tensors())
+    tensors = [weights.embedding, weights.norm, weights.lm_head]
+    tensors += [getattr(layer, name) for layer in weights.layers for name in layer.__slots__]
+    actual = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor | Nf4Weight))
+    assert weight_bytes(spec, dtype.itemsize) == actual
 
 
 def test_a_step_needs_more_the_larger_it_may_be() -> None:

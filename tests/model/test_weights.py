@@ -284,7 +284,10 @@ nf4_format.quantize(torch.randn(1 << 16, 64))
 before = peak_bytes()
 weights = load_weights(Path(sys.argv[1]), read_spec(Path(sys.argv[1])), torch.bfloat16, torch.device("cpu"))
 peak = peak_bytes() - before
-print(peak, sum(tensor.nbytes for tensor in weights.tensors()))
+kept = weights.embedding.nbytes + sum(
+    w.nbytes for layer in weights.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
+)
+print(peak, kept)
 """
 
 

@@ -51,7 +51,7 @@ class DeviceQuota:
         """Raise `InvalidAdapterError` for an adapter (`details` as in its record) that the device could never hold."""
         if kind is AdapterKind.PREFIX:
             # One page more, so that a request has at least a page of its own.
-            pages = -(-int(details["num_virtual_tokens"]) // self.page_size) + 1
+            pages = self._pages(details) + 1
             if pages > self.kv_pages:
                 raise refusal(f"its prefix needs {pages} KV pages, and kv_cache_bytes holds {self.kv_pages}")
             return
@@ -67,7 +67,7 @@ class DeviceQuota:
         records = list({record.digest: record for record in pinned}.values())
         prefixes = [record for record in records if record.kind is AdapterKind.PREFIX]
         weights = [record for record in records if record.kind is not AdapterKind.PREFIX]
-        pages = sum(-(-int(record.details["num_virtual_tokens"]) // self.page_size) for record in prefixes)
+        pages = sum(self._pages(record.details) for record in prefixes)
         counts = Counter(record.kind for record in weights)
         for what, needed, limit, setting in (
             ("bytes of adapter memory", sum(map(self._bytes, weights)), self.weight_bytes, "adapter_device_bytes"),
@@ -80,6 +80,9 @@ class DeviceQuota:
                     f"(max_pinned_share {self.share:g} of {setting}); unpin another one first",
                     field="pinned",
                 )
+
+    def _pages(self, details: Mapping[str, Any]) -> int:
+        return -(-int(details["num_virtual_tokens"]) // self.page_size)
 
     def _bytes(self, record: AdapterRecord) -> int:
         # Versions published before there was a count: as many bytes as the file, which is near enough.

@@ -147,7 +147,7 @@ class AdapterStore:
 
     def is_live(self, digest: str) -> bool:
         """Whether any version of any tenant's adapters still points to these bytes."""
-        return digest in self._index.live_digests()
+        return not self.dead([digest])
 
     def dead(self, digests: Iterable[str]) -> Digests:
         """Those that no version of any tenant's adapters points to any more."""

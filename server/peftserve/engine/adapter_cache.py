@@ -124,10 +124,8 @@ class AdapterCache:
         if entry.state is not AdapterState.HOST or host is None:
             return False
         if host.kind is AdapterKind.PREFIX:
-            pages = sum(
-                len(other.placement.pages) for other in self._placed.values() if other.pinned and other.placement
-            )
-            return self._pages_needed(host) + pages > self._kv.num_pages
+            pinned = [other for other in self._on_device(uses_pages=True) if other.pinned]
+            return self._pages_needed(host) + _count_pages(pinned) > self._kv.num_pages
         others = self._on_device(uses_pages=False)
         pinned = [other for other in others if other.pinned]
         # Though there is room enough, it may lie between them in pieces that are too small.
@@ -331,13 +329,16 @@ class AdapterCache:
         """Evict one adapter for `host`'s sake; False when that would not help, however many went."""
         is_prefix = host.kind is AdapterKind.PREFIX
         others = self._on_device(uses_pages=is_prefix)
-        able = [entry for entry in others if _is_idle(entry) and (not entry.waiters or (urgent and entry.is_used))]
+        able: list[AdapterEntry] = []
+        staying: list[AdapterEntry] = []
+        for entry in others:
+            may_go = _is_idle(entry) and (not entry.waiters or (urgent and entry.is_used))
+            (able if may_go else staying).append(entry)
         if is_prefix:
-            pages = sum(len(entry.placement.pages) for entry in able if entry.placement)
-            if self._kv.num_available + pages < self._kv.pages_for(host.num_virtual_tokens):
+            if self._kv.num_available + _count_pages(able) < self._kv.pages_for(host.num_virtual_tokens):
                 return False
         else:
-            if not self._fits_beside([entry for entry in others if entry not in able], host):
+            if not self._fits_beside(staying, host):
                 return False
             if not self._memory.fits(host, taken_slots=_count(others, host.kind)):
                 able = [entry for entry in able if entry.ref.kind is host.kind]  # only they have what is missing: slots
@@ -437,6 +438,10 @@ class AdapterCache:
 def _is_idle(entry: AdapterEntry) -> bool:
     """On the device, and nobody would miss it there right now."""
     return entry.state is AdapterState.DEVICE and not entry.refs and not entry.pinned
+
+
+def _count_pages(prefixes: Sequence[AdapterEntry]) -> int:
+    return sum(len(entry.placement.pages) for entry in prefixes if entry.placement)
 
 
 def _count(entries: Sequence[AdapterEntry], kind: AdapterKind) -> int:

@@ -156,7 +156,8 @@ class EngineClient:
         self._send(PrefetchAdapter(adapter=adapter, pinned=pinned))
 
     def unload(self, digest: str) -> None:
-        """Drop an adapter from the engine's memory when its last request is done."""
+        """Drop an adapter from the engine's memory when its last request is done. The next engine does not get it."""
+        self._held_before = [ref for ref in self._held_before if ref.digest != digest]
         self._send(UnloadAdapter(digest=digest))
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -45,14 +45,13 @@ def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     # The results' places come first: kept one by one between the scratch memory of chunks, they would leave the
     # allocator with holes that the next chunk's does not fit in.
-    packed = torch.empty((weight.numel() // 2, 1), dtype=torch.uint8, device=weight.device)
-    flat = torch.empty((weight.numel() // NF4_BLOCK,), dtype=torch.float32, device=weight.device)
-    for row in range(0, weight.shape[0], rows):
-        chunk = weight[row : row + rows].contiguous()
-        codes, state = functional.quantize_4bit(chunk, blocksize=NF4_BLOCK, quant_type="nf4")
-        start, end = row * weight.shape[1], row * weight.shape[1] + chunk.numel()
-        packed[start // 2 : end // 2] = codes
-        flat[start // NF4_BLOCK : end // NF4_BLOCK] = state.absmax
+    packed = torch.empty((weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty((weight.shape[0], weight.shape[1] // NF4_BLOCK), device=weight.device)
+    for into, scales, chunk in zip(*(torch.split(x, rows) for x in (packed, absmax, weight)), strict=True):
+        codes, state = functional.quantize_4bit(chunk.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+        into.copy_(codes.view_as(into))
+        scales.copy_(state.absmax.view_as(scales))
+    flat = absmax.flatten()
     if not torch.isfinite(flat).all():
         raise ConfigurationError("NaN or infinity")
     offset = flat.mean()
@@ -67,7 +66,7 @@ def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         offset=offset,
         state2=nested_state,
     )
-    return {"": packed, **full_state.as_dict(packed=True)}
+    return {"": packed.view(-1, 1), **full_state.as_dict(packed=True)}
 
 
 def _bitsandbytes() -> Any:

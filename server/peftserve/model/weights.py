@@ -1,7 +1,6 @@
 """The weights of a decoder as it computes with them: NF4 projections, merged where they share an input."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,16 +34,6 @@ class LayerWeights:
     q_norm: torch.Tensor | None  # [hd], RMS norm of each query head before RoPE
     k_norm: torch.Tensor | None  # [hd]
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """All tensors, in the order in which a step reads them."""
-        for field in fields(self):
-            weight = getattr(self, field.name)
-            if isinstance(weight, Nf4Weight):
-                yield weight.packed
-                yield weight.absmax
-            elif weight is not None:
-                yield weight
-
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
@@ -59,15 +48,6 @@ class ModelWeights:
     def head(self) -> torch.Tensor:
         """The output projection [V, D]: `lm_head`, or the embedding when it is tied."""
         return self.embedding if self.lm_head is None else self.lm_head
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """All tensors, in the order in which a step reads them."""
-        yield self.embedding
-        for layer in self.layers:
-            yield from layer.tensors()
-        yield self.norm
-        if self.lm_head is not None:
-            yield self.lm_head
 
 
 def load_weights(folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
