@@ -109,10 +109,10 @@ class Bottleneck {
     const Vec scale = broadcast(args_.scale[plan_.table(block)]);
     const W* bias = arena_ + args_.up_bias[plan_.table(block)];
     float* stream = args_.stream + block.token * args_.columns;
-    const auto add_to = [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
-      float* to = stream + m * args_.columns + first;
-      for_vectors(count, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
-        const Vec delta = add(load_part(bias + first + at, lanes), load_part(sums + at, lanes));
+    const auto add_to = [&](std::int64_t m, const float* sums) {
+      float* to = stream + m * args_.columns + part.first;
+      for_vectors(part.end - part.first, [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
+        const Vec delta = add(load_part(bias + part.first + at, lanes), load_part(sums + at, lanes));
         store_part(to + at, lanes, fma(scale, delta, load_part(to + at, lanes)));
       });
     };

@@ -39,10 +39,10 @@ class Update {
   // Rows are too few and too short for the hardware to run ahead, so each part fetches the first of the part after it.
   void shrink_part(std::int64_t index) const {
     const LowRankPart& part = plan_.shrinks()[index];
-    NextRows<W> after;
+    const W* after = nullptr;
     if (index + 1 < plan_.shrink_shares().count()) {
       const LowRankPart& next = plan_.shrinks()[index + 1];
-      after = {factor_of(plan_, next, arena_).row(next.first), next.width};
+      after = factor_of(plan_, next, arena_).row(next.first);
     }
     const LowRankBlock& block = plan_.block(part.block);
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
@@ -60,10 +60,8 @@ class Update {
 
   void expand_part(std::int64_t index) const {
     const LowRankPart& part = plan_.expands()[index];
-    NextRows<W> after;
     if (index + 1 < plan_.expand_shares().count()) {
       const LowRankPart& next = plan_.expands()[index + 1];
-      after = {factor_of(plan_, next, arena_).row(0) + next.first, next.width};
       fetch_output(plan_.block(next.block), next.first, next.end);
     }
     const LowRankBlock& block = plan_.block(part.block);
@@ -75,13 +73,13 @@ class Update {
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[plan_.table(block)];
     T* y = y_ + block.token * y_stride + slice.offset;
     const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1
-    const auto add_to = [&](std::int64_t m, std::int64_t first, std::int64_t count, const float* sums) {
-      T* to = y + m * y_stride + first;
-      for_vectors_as<kSplit>(count, [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
+    const auto add_to = [&](std::int64_t m, const float* sums) {
+      T* to = y + m * y_stride + part.first;
+      for_vectors_as<kSplit>(columns.count(), [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
         Vec sum[n.value], before[n.value], more[n.value] = {};
         read_as(sums + at, lanes, sum);
         read_as(to + at, lanes, before);
-        if (excess != nullptr) read_as(excess + first + at, lanes, more);
+        if (excess != nullptr) read_as(excess + part.first + at, lanes, more);
         unroll<n.value>([&](auto v) __attribute__((always_inline)) {
           sum[v.value] = fma(scale, sum[v.value], before[v.value]);
           if (excess != nullptr) sum[v.value] = fma(more[v.value], sum[v.value], sum[v.value]);
@@ -89,7 +87,7 @@ class Update {
         store_as(to + at, lanes, sum);
       });
     };
-    expand<kSplit>(t, block.tokens, b, columns, add_to, after);
+    expand<kSplit>(t, block.tokens, b, columns, add_to);
   }
 
   const LoraAdd& args_;

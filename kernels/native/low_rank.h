@@ -106,34 +106,22 @@ inline void shrink_rows(const float* x, std::int64_t tokens, const W* a, std::in
   });
 }
 
-// Rows `stride` elements apart, from one that begins at `from` on; null for none.
+// The tile of rows after the one from row i on, as they lie side by side in a page: the factor's own, or where it ends those
+// that come `after`, null for none. Nothing where single rows follow.
 template <class W>
-struct NextRows {
-  const W* from = nullptr;
-  std::int64_t stride = 0;
-};
-
-// The tile of rows after the one from row i on, from a column on: the factor's own, or where it ends the first of those
-// `after` it. None where single rows follow.
-template <class W>
-inline NextRows<W> next_rows(const Factor<W>& factor, std::int64_t i, std::int64_t column, const NextRows<W>& after) {
-  if (i + 2 * kRankTile <= factor.rank) return {factor.row(i + kRankTile) + column, factor.width};
-  return i + kRankTile >= factor.rank ? after : NextRows<W>{};
-}
-
-// As they lie side by side in a page.
-template <class W>
-inline Ahead fetch_ahead(const NextRows<W>& next) {
-  if (next.from == nullptr) return {};
-  return {reinterpret_cast<const char*>(next.from), kRankTile * kLanes * static_cast<int>(sizeof(W))};
+inline Ahead fetch_ahead(const Factor<W>& factor, std::int64_t i, const W* after) {
+  const bool is_own = i + 2 * kRankTile <= factor.rank;
+  if (!is_own && (after == nullptr || i + kRankTile < factor.rank)) return {};
+  const W* next = is_own ? factor.row(i + kRankTile) : after;
+  return {reinterpret_cast<const char*>(next), kRankTile * kLanes * static_cast<int>(sizeof(W))};
 }
 
 // x: [tokens][a.width]; t: [tokens][a.rank], rows `t_stride` apart. `after`: rows of the same width that come next.
 template <bool kSplit = false, class W>
 inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, float* t, std::int64_t t_stride,
-                   const NextRows<W>& after = {}) {
+                   const W* after = nullptr) {
   const auto rows = [&](auto count, std::int64_t i) {
-    const Ahead ahead = fetch_ahead(next_rows(a, i, 0, after));
+    const Ahead ahead = fetch_ahead(a, i, after);
     if constexpr (!std::is_same_v<W, float>) {
       if (tokens > 2) {  // each weight is widened once for all of them
         auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>(kRankTile * a.width));
@@ -180,9 +168,9 @@ inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns
 }
 
 inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<Bf16>& a, float* t, std::int64_t t_stride,
-                         const NextRows<Bf16>& after) {
+                         const Bf16* after) {
   const auto rows = [&](auto count, std::int64_t i) {
-    const Ahead ahead = fetch_ahead(next_rows(a, i, 0, after));
+    const Ahead ahead = fetch_ahead(a, i, after);
     for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
       shrink_pairs_tile<tile.value, count.value>(x + m * a.width, a.row(i), a.width, t + m * t_stride + i, t_stride,
                                                  m == 0 ? ahead : Ahead{});
@@ -194,130 +182,99 @@ inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<Bf16>&
 }
 #endif
 
-constexpr int kPanelVectors = 4;
-constexpr int kPanel = kPanelVectors * kLanes;  // columns of the product that are computed together
+// Of so many tokens and vectors of columns at most are sums in registers together, beside the weights that they meet.
+#if defined(PEFTSERVE_SIMD_AVX512_VNNI)
+constexpr int kExpandTokens = 6, kMostSums = 24, kMostVectors = 16;
+#else
+constexpr int kExpandTokens = 3, kMostSums = 12, kMostVectors = 8;
+#endif
+constexpr int kPanel = 4 * kLanes;  // columns: parts are whole ones, but for the last of a slice
 
-// The cache lines of a row's next panel.
-template <class W>
-[[gnu::always_inline]] inline void prefetch_next_panel(const W* row) {
-  constexpr int kLine = 64 / sizeof(W);
-  for (int at = 0; at < kPanel; at += kLine) __builtin_prefetch(row + kPanel + at, 0, kSecondLevel);
-}
-
-// `count` columns of a factor from `first` on, widened, [rank][kPanel]; zeros past the last one. The next panel's are
-// fetched meanwhile: rows lie so far apart that the hardware does not foresee it.
-template <bool kSplit, class W>
-inline void widen_panel(const Factor<W>& b, std::int64_t first, std::int64_t count, float* wide) {
-  for (std::int64_t i = 0; i < b.rank; ++i, wide += kPanel) {
-    const W* row = b.row(i) + first;
-    prefetch_next_panel(row);
-    if (count == kPanel) {
-      widen_row_as<kSplit>(row, kPanel, wide);
-    } else {
-      for (std::int64_t column = 0; column < kPanel; ++column) wide[column] = 0.0f;
-      widen_row_as<kSplit>(row, count, wide);
-    }
-  }
-}
-
-// sums[m][kPanel]: the products of kTokens tokens with widened columns, [rank][kPanel].
-template <int kTokens>
-inline void expand_tile(const float* t, std::int64_t rank, const float* weights, float* sums) {
-  constexpr int kCount = kTokens * kPanelVectors;
-  Vec totals[kTokens][kPanelVectors];
-  unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-    totals[i.value / kPanelVectors][i.value % kPanelVectors] = zero();
+// Sums of some columns of kTokens tokens, rank row after rank row, to sums[m]; `count` lanes of a single vector. The columns
+// of the next panel are fetched meanwhile: rows lie so far apart that the hardware does not foresee it.
+template <int kTokens, int kVectors, bool kSplit, class W>
+[[gnu::always_inline]] inline void expand_panel(const float* t, const Factor<W>& b, std::int64_t column, int count,
+                                                float* sums, std::int64_t stride) {
+  constexpr int kTogether = kSplit && kVectors > 1 ? 2 : 1;  // vectors that are widened together
+  constexpr int kWidth = kVectors * kLanes, kLine = 64 / sizeof(W);
+  Vec totals[kTokens][kVectors];
+  unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
+    totals[at.value / kVectors][at.value % kVectors] = zero();
   });
-  for (std::int64_t i = 0; i < rank; ++i) {
-    Vec inner[kTokens];
-    unroll<kTokens>([&](auto m) __attribute__((always_inline)) { inner[m.value] = broadcast(t[m.value * rank + i]); });
-    unroll<kPanelVectors>([&](auto v) __attribute__((always_inline)) {
-      const Vec weight = opaque(load(weights + i * kPanel + v.value * kLanes));
+  for (std::int64_t page = 0; page < b.rank; page += kRankPage) {
+    const std::int64_t end = b.rank - page < kRankPage ? b.rank : page + kRankPage;
+    const W* row = b.row(page) + column;
+    for (std::int64_t i = page; i < end; ++i, row += b.width) {
+      for (int at = kWidth; at < 2 * kWidth; at += kLine) __builtin_prefetch(row + at, 0, kSecondLevel);
+      Vec inner[kTokens];
       unroll<kTokens>([&](auto m) __attribute__((always_inline)) {
-        totals[m.value][v.value] = fma(inner[m.value], weight, totals[m.value][v.value]);
+        inner[m.value] = broadcast(t[m.value * b.rank + i]);
       });
-    });
-  }
-  unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-    store(sums + i.value * kLanes, totals[i.value / kPanelVectors][i.value % kPanelVectors]);
-  });
-}
-
-// Adds rows i .. i + kRanks of b to the sums [kTokens][columns], where row 0 begins them: the same chains of products as
-// expand_tile's. Meanwhile as many columns of the next tile of rows are fetched.
-template <int kTokens, int kRanks, bool kSplit, class W>
-inline void expand_rows(const float* t, const Factor<W>& b, std::int64_t i, Columns columns, const NextRows<W>& next,
-                        float* sums) {
-  const W* weights = b.row(i) + columns.first;
-  Vec inner[kTokens][kRanks];
-  unroll<kTokens * kRanks>([&](auto at) __attribute__((always_inline)) {
-    constexpr int kToken = decltype(at)::value / kRanks, kRank = decltype(at)::value % kRanks;
-    inner[kToken][kRank] = broadcast(t[kToken * b.rank + i + kRank]);
-  });
-  for_vectors_as<kSplit>(columns.count(), [&](std::int64_t column, auto n, int count) __attribute__((always_inline)) {
-    constexpr int kVectors = decltype(n)::value;
-    if (next.from != nullptr) {
-      unroll<kRankTile>([&](auto r) __attribute__((always_inline)) {
-        __builtin_prefetch(next.from + r.value * next.stride + column, 0, kSecondLevel);
+      unroll<kVectors / kTogether>([&](auto v) __attribute__((always_inline)) {
+        constexpr int kFirst = decltype(v)::value * kTogether;
+        Vec weights[kTogether];
+        read_as(row + kFirst * kLanes, count, weights);
+        unroll<kTokens * kTogether>([&](auto at) __attribute__((always_inline)) {
+          constexpr int kToken = decltype(at)::value / kTogether, kVector = decltype(at)::value % kTogether;
+          Vec& total = totals[kToken][kFirst + kVector];
+          total = fma(inner[kToken], weights[kVector], total);
+        });
       });
     }
-    Vec totals[kTokens][kVectors];
-    unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
-      constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
-      const float* from = sums + kToken * columns.count() + column + kVector * kLanes;
-      totals[kToken][kVector] = i == 0 ? zero() : load_part(from, count);
-    });
-    unroll<kRanks>([&](auto r) __attribute__((always_inline)) {
-      Vec weight[kVectors];
-      read_as(weights + r.value * b.width + column, count, weight);
-      unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
-        constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
-        totals[kToken][kVector] = fma(inner[kToken][r.value], weight[kVector], totals[kToken][kVector]);
-      });
-    });
-    unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
-      constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
-      store_part(sums + kToken * columns.count() + column + kVector * kLanes, count, totals[kToken][kVector]);
-    });
+  }
+  unroll<kTokens * kVectors>([&](auto at) __attribute__((always_inline)) {
+    constexpr int kToken = decltype(at)::value / kVectors, kVector = decltype(at)::value % kVectors;
+    store_part(sums + kToken * stride + kVector * kLanes, count, totals[kToken][kVector]);
   });
 }
 
-// Row after row, as they lie in memory: for so few tokens that their sums stay in the cache.
+// As many panels of kVectors and then of fewer vectors as fit, from `column` on. Returns where they end.
+template <int kTokens, int kVectors, bool kSplit, class W>
+[[gnu::always_inline]] inline std::int64_t expand_panels(const float* t, const Factor<W>& b, const Columns& columns,
+                                                         std::int64_t column, float* sums) {
+  if constexpr (kTokens * kVectors <= kMostSums) {
+    constexpr std::int64_t kWidth = kVectors * kLanes;
+    for (; column + kWidth <= columns.end; column += kWidth) {
+      expand_panel<kTokens, kVectors, kSplit>(t, b, column, kLanes, sums + (column - columns.first), columns.count());
+    }
+  }
+  if constexpr (kVectors > (kSplit ? 2 : 1)) {
+    return expand_panels<kTokens, kVectors / 2, kSplit>(t, b, columns, column, sums);
+  } else {
+    return column;
+  }
+}
+
+// sums: [kTokens][columns], with kSplit in split order.
 template <int kTokens, bool kSplit, class W>
-inline void expand_few(const float* t, const Factor<W>& b, Columns columns, const NextRows<W>& after, float* sums) {
-  const auto next = [&](std::int64_t i) { return next_rows(b, i, columns.first, after); };
-  std::int64_t i = 0;
-  for (; i + kRankTile <= b.rank; i += kRankTile) {
-    expand_rows<kTokens, kRankTile, kSplit>(t, b, i, columns, next(i), sums);
-  }
-  for (; i < b.rank; ++i) expand_rows<kTokens, 1, kSplit>(t, b, i, columns, next(i), sums);
+[[gnu::noinline]] void expand_tile(const float* t, const Factor<W>& b, Columns columns, float* sums) {
+  const std::int64_t column = expand_panels<kTokens, kMostVectors, kSplit>(t, b, columns, columns.first, sums);
+  for_vectors(columns.end - column, [&](std::int64_t at, int count) __attribute__((always_inline)) {
+    expand_panel<kTokens, 1, kSplit>(t, b, column + at, count, sums + (column + at - columns.first), columns.count());
+  });
 }
 
-// t: [tokens][b.rank]. add_to(token, column, count, sums) for all tokens and columns, `count` columns at a time. `after`:
-// where the rows that come next have about as many columns.
-template <bool kSplit = false, class W, class Add>
-inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Columns columns, const Add& add_to,
-                   const NextRows<W>& after = {}) {
-  if (tokens <= 2) {
-    auto* sums = scratch<float, kWideRows>(static_cast<std::size_t>(tokens * columns.count()));
-    if (tokens == 1) {
-      expand_few<1, kSplit>(t, b, columns, after, sums);
-    } else {
-      expand_few<2, kSplit>(t, b, columns, after, sums);
-    }
-    for (std::int64_t m = 0; m < tokens; ++m) add_to(m, columns.first, columns.count(), sums + m * columns.count());
-    return;
-  }
-  auto* wide = scratch<float, kWideRows>(static_cast<std::size_t>((b.rank + tokens) * kPanel));
-  float* sums = wide + b.rank * kPanel;
-  for (std::int64_t first = columns.first; first < columns.end; first += kPanel) {
-    const std::int64_t count = columns.end - first < kPanel ? columns.end - first : kPanel;
-    widen_panel<kSplit>(b, first, count, wide);
-    for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
-      expand_tile<tile.value>(t + m * b.rank, b.rank, wide, sums + m * kPanel);
+// body(Index<n>, m) for tiles of n tokens from m on: as few as possible, each about as large.
+template <class Body>
+[[gnu::always_inline]] inline void for_even_tiles(std::int64_t tokens, const Body& body) {
+  std::int64_t m = 0;
+  for (std::int64_t tiles = (tokens + kExpandTokens - 1) / kExpandTokens; tiles > 0; --tiles) {
+    const std::int64_t size = (tokens - m + tiles - 1) / tiles;
+    unroll<kExpandTokens>([&](auto at) __attribute__((always_inline)) {
+      if (size == at.value + 1) body(Index<at.value + 1>{}, m);
     });
-    for (std::int64_t m = 0; m < tokens; ++m) add_to(m, first, count, sums + m * kPanel);
+    m += size;
   }
+}
+
+// t: [tokens][b.rank]. add_to(token, sums) for each token, [columns].
+template <bool kSplit = false, class W, class Add>
+inline void expand(const float* t, std::int64_t tokens, const Factor<W>& b, Columns columns, const Add& add_to) {
+  auto* sums = scratch<float, kWideRows>(static_cast<std::size_t>(kExpandTokens * columns.count()));
+  for_even_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {
+    expand_tile<tile.value, kSplit>(t + m * b.rank, b, columns, sums);
+    for (int row = 0; row < tile.value; ++row) add_to(m + row, sums + row * columns.count());
+  });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA
