@@ -85,20 +85,27 @@ bool embedding(const Embedding& args) {
   return true;
 }
 
+// Whether none of them is infinite or NaN: 0 * x is a zero unless x is.
+static bool are_finite(const float* x, std::int64_t size) {
+  Vec sums[4] = {zero(), zero(), zero(), zero()};
+  std::int64_t at = 0;
+  for (; at + 4 * kLanes <= size; at += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i] = fma(load(x + at + i * kLanes), zero(), sums[i]);
+  }
+  for_vectors(size - at, [&](std::int64_t rest, int count) __attribute__((always_inline)) {
+    sums[0] = fma(load_part(x + at + rest, count), zero(), sums[0]);
+  });
+  return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) == 0.0f;
+}
+
+// Each thread looks at some columns of all rows: the logits that it computed itself, and has in its cache.
 void finite_rows(const FiniteRows& args) {
-  parallel_ranges(team_size(args.threads, args.rows * args.columns), args.rows, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      // 0 * x is a zero, unless x is infinite or NaN.
-      Vec sums[4] = {zero(), zero(), zero(), zero()};
-      const float* x = args.x + row * args.columns;
-      std::int64_t at = 0;
-      for (; at + 4 * kLanes <= args.columns; at += 4 * kLanes) {
-        for (int i = 0; i < 4; ++i) sums[i] = fma(load(x + at + i * kLanes), zero(), sums[i]);
-      }
-      for_vectors(args.columns - at, [&](std::int64_t rest, int count) __attribute__((always_inline)) {
-        sums[0] = fma(load_part(x + at + rest, count), zero(), sums[0]);
-      });
-      args.finite[row] = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) == 0.0f;
+  for (std::int64_t row = 0; row < args.rows; ++row) args.finite[row] = true;
+  const int team = team_size(args.threads, args.rows * args.columns);
+  parallel_ranges(team, args.columns, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = 0; row < args.rows; ++row) {
+      if (are_finite(args.x + row * args.columns + begin, end - begin)) continue;
+      __atomic_store_n(&args.finite[row], false, __ATOMIC_RELAXED);  // perhaps at the same time as another thread
     }
   });
 }

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from peftserve.engine.plan import SampleSpec, count_tokens
-from peftserve.engine.sampler import sample_rows, uniforms
+from peftserve.engine.sampler import Sampler, uniforms
 from peftserve.types import SamplingParams
 
 VOCAB = 64
+
+sample_rows = Sampler().sample_rows  # one for all tests, as for all steps
 
 
 def spec(
@@ -171,3 +173,15 @@ def test_rows_that_overflowed_harm_nobody(bad: float) -> None:
         assert 0 <= row.token_id < VOCAB
         assert row.logprobs is not None
         assert all(np.isfinite(value) for _, value in row.logprobs.top)
+
+
+def test_rows_that_come_and_go_are_drawn_as_they_ask() -> None:
+    """What a sampler keeps from step to step is of the rows that it was for."""
+    greedy, hot, picky = spec(temperature=0.0), spec(temperature=5.0, seed=1), spec(temperature=5.0, top_k=1, seed=1)
+    table = logits(3, seed=8)
+    sampler = Sampler()
+    for rows in ([greedy], [greedy], [hot], [picky], [hot, greedy, picky], [hot, greedy, picky], [greedy, hot, picky]):
+        kept = sampler.sample_rows(table[: len(rows)].clone(), rows)
+        assert kept == Sampler().sample_rows(table[: len(rows)].clone(), rows)
+    later = [spec(temperature=5.0, seed=1, output=[7] * position) for position in range(20)]
+    assert len({sampler.sample_rows(table[:1].clone(), [row])[0].token_id for row in later}) > 5

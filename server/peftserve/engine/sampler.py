@@ -5,13 +5,14 @@ runs beside it and also when it is computed again after a preemption.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from peftserve.engine.plan import Sampled, SampleSpec
-from peftserve.types import TokenLogprobs
+from peftserve.types import SamplingParams, TokenLogprobs
 from peftserve_kernels.finite_rows import finite_rows
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
 from peftserve_kernels.sample import sample
@@ -21,16 +22,60 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _U64 = (1 << 64) - 1
 
 
-def sample_rows(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """One token for each row of `logits` float32 [B, vocab], which is overwritten."""
-    finite = _make_finite(logits)
-    reporting = [index for index, spec in enumerate(specs) if spec.params.logprobs is not None]
-    # Of the model's own distribution, so before anything changes the logits.
-    log_probs = logits[reporting].log_softmax(dim=-1) if reporting else None
-    _penalize(logits, specs)
-    tokens = _draw(logits, specs)
-    reports = {} if log_probs is None else _report(log_probs, reporting, specs, tokens)
-    return [Sampled(token, reports.get(index), finite[index]) for index, token in enumerate(tokens)]
+class Sampler:
+    """What rows ask for stays on the device: while they decode, the same rows come step after step."""
+
+    def __init__(self) -> None:
+        self._params: list[SamplingParams] = []
+        self._columns: _Columns | None = None
+
+    def sample_rows(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+        """One token for each row of `logits` float32 [B, vocab], which is overwritten."""
+        finite = _make_finite(logits)
+        reporting = [index for index, spec in enumerate(specs) if spec.params.logprobs is not None]
+        # Of the model's own distribution, so before anything changes the logits.
+        log_probs = logits[reporting].log_softmax(dim=-1) if reporting else None
+        _penalize(logits, specs)
+        tokens = self._draw(logits, specs)
+        reports = {} if log_probs is None else _report(log_probs, reporting, specs, tokens)
+        return [Sampled(token, reports.get(index), finite[index]) for index, token in enumerate(tokens)]
+
+    def _draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
+        params = [spec.params for spec in specs]
+        columns = self._columns
+        if columns is None or params != self._params:  # mostly the same objects, which the comparison sees first
+            columns = self._columns = _Columns.of(params, logits.device)
+            self._params = params
+        uniform = columns.unused_uniform
+        if uniform is None:
+            numbers = uniforms([spec.seed for spec in specs], [spec.position for spec in specs])
+            uniform = torch.from_numpy(numbers).to(logits.device)
+        picked: list[int] = sample(
+            logits, columns.temperature, columns.top_k, columns.top_p, columns.min_p, uniform
+        ).tolist()
+        return picked
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The parameters of `sample`, [B] each; `unused_uniform` when no row is drawn at random."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    unused_uniform: torch.Tensor | None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> "_Columns":
+        temperature = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
+        return cls(
+            temperature=torch.tensor(temperature, dtype=torch.float32, device=device),
+            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+            unused_uniform=None if any(temperature) else torch.zeros(len(params), dtype=torch.float64, device=device),
+        )
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -81,23 +126,6 @@ def _row_penalties(spec: SampleSpec, vocab: int) -> RowPenalties | None:
         bias={token: value for token, value in params.logit_bias.items() if 0 <= token < vocab},
         banned=frozenset(token for token in spec.banned_token_ids if 0 <= token < vocab),
     )
-
-
-def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-    params = [spec.params for spec in specs]
-
-    def column(values: Sequence[float] | npt.NDArray[np.float64], dtype: type[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype)).to(logits.device)
-
-    picked: list[int] = sample(
-        logits,
-        column([p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params], np.float32),
-        column([p.top_k for p in params], np.int32),
-        column([p.top_p for p in params], np.float32),
-        column([p.min_p for p in params], np.float32),
-        column(uniforms([spec.seed for spec in specs], [spec.position for spec in specs]), np.float64),
-    ).tolist()
-    return picked
 
 
 def _report(

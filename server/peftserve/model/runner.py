@@ -3,7 +3,7 @@
 import torch
 
 from peftserve.engine.plan import StepPlan, StepResult
-from peftserve.engine.sampler import sample_rows
+from peftserve.engine.sampler import Sampler
 from peftserve.errors import InternalError
 from peftserve.model.adapter_memory import DeviceAdapterMemory
 from peftserve.model.batch import build_batch
@@ -38,6 +38,7 @@ class Runner:
         self._kv = kv
         self._adapters = adapters
         self._device = weights.embedding.device
+        self._sampler = Sampler()
         self._decoder = Decoder(
             weights,
             spec,
@@ -77,5 +78,5 @@ class Runner:
             if not sampling:
                 return StepResult(plan.step, {})
             logits = self._decoder.logits(stream, batch.sample_rows)
-        tokens = sample_rows(logits, [spec for _, spec in sampling])
+        tokens = self._sampler.sample_rows(logits, [spec for _, spec in sampling])
         return StepResult(plan.step, {request: token for (request, _), token in zip(sampling, tokens, strict=True)})

@@ -69,6 +69,7 @@ class StaticBatch:
         # Whose block table each row holds, and how much of it: tables only grow, so that mostly nothing is written.
         self._tables: list[Sequence[int] | None] = [None] * max_rows
         self._filled = [0] * max_rows
+        self._segment_plans: dict[str, SegmentPlan] = {}  # that are filled in
 
     def holds(self, plan: StepPlan) -> bool:
         """Whether there is room for the plan."""
@@ -174,6 +175,9 @@ class StaticBatch:
         self._tables[index], self._filled[index] = pages, size
 
     def _fill_segments(self, kind: str, plan: SegmentPlan) -> None:
+        if plan == self._segment_plans.get(kind):
+            return
+        self._segment_plans[kind] = plan
         start, slot, tiles = (self._host(f"{kind}_{name}") for name in ("start", "slot", "tiles"))
         count = len(plan.slot)
         start[: count + 1] = plan.start
