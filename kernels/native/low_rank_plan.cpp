@@ -20,10 +20,11 @@ std::int64_t cost(const LowRankBlock& block, std::int64_t rank, std::int64_t wid
 // Costs too fit: ranks end at 1,024.
 std::int32_t narrow(std::int64_t value) { return static_cast<std::int32_t>(value); }
 
-// Whether both are of the same adapters, whatever the layer and the tokens.
-bool same_adapters(const LowRankFactors& a, const LowRankFactors& b) {
+// Whether both are of the same tables, whatever the layer.
+bool same_tables(const LowRankFactors& a, const LowRankFactors& b) {
   const auto key = [](const LowRankFactors& f) {
-    return std::tuple(f.arena, f.a_page, f.b_page, f.arena_dtype, f.columns, f.slices, f.layers, f.targets, f.pages, f.threads);
+    return std::tuple(f.start, f.slot, f.segments, f.arena, f.rank, f.a_page, f.b_page, f.arena_dtype, f.columns, f.slices,
+                      f.layers, f.targets, f.pages, f.threads);
   };
   return key(a) == key(b) && std::equal(a.slice, a.slice + a.slices, b.slice);
 }
@@ -46,13 +47,31 @@ float* LowRankPlan::inner() { return inner_.data(); }
 void LowRankPlan::make(const LowRankFactors& factors, const LowRankTiles& tiles) {
   layer_table_ = factors.layer * factors.targets;
   layer_pages_ = layer_table_ * factors.pages;
-  if (is_cut(factors, tiles)) {
+  const bool is_like_last = tiles == tiles_ && same_tables(factors, factors_);
+  if (is_like_last && ((is_checked_ && is_for_all_layers_) || is_cut(factors, tiles))) {
     shrinks_.shares.restart();
     expands_.shares.restart();
   } else {
     cut(factors, tiles);
   }
+  if (!is_checked_) is_for_all_layers_ = ranks_agree(factors);
+  is_checked_ = true;
   restart(team_);
+}
+
+// Whether each adapter that the step uses has the same rank in all layers.
+bool LowRankPlan::ranks_agree(const LowRankFactors& factors) {
+  for (std::int64_t s = 0; s < factors.segments; ++s) {
+    if (factors.start[s] == factors.start[s + 1]) continue;
+    for (std::int64_t slice = 0; slice < factors.slices; ++slice) {
+      const std::int64_t first = factors.slot[s] * factors.layers * factors.targets;
+      const std::int32_t* rank = factors.rank + first + factors.slice[slice].target;
+      for (std::int64_t layer = 1; layer < factors.layers; ++layer) {
+        if (rank[layer * factors.targets] != rank[0]) return false;
+      }
+    }
+  }
+  return true;
 }
 
 // body(block) for all blocks, until it is false: whether none was.
@@ -77,7 +96,6 @@ bool LowRankPlan::all_blocks(const LowRankFactors& factors, const LowRankTiles& 
 }
 
 bool LowRankPlan::is_cut(const LowRankFactors& factors, const LowRankTiles& tiles) const {
-  if (tiles != tiles_ || !same_adapters(factors, factors_)) return false;
   std::size_t count = 0;
   return all_blocks(factors, tiles, [&](const LowRankBlock& block) {
     return count < blocks_.size() && blocks_[count++] == block;

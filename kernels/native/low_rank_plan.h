@@ -65,6 +65,8 @@ class LowRankPlan final : public Plan {
   // The inputs of the op need not be there yet, its tables must, and stay until it has run. Parts that are those of the last
   // time but for the layer, as they mostly are while streams decode, are kept: in the caches of the threads too.
   void make(const LowRankFactors& factors, const LowRankTiles& tiles);
+  // The tables may be others now. Until then those of one layer say what all layers have, where all ranks agree.
+  void next_step() { is_checked_ = false; }
 
   bool empty() const;
   const LowRankBlock& block(std::int64_t index) const;
@@ -93,6 +95,7 @@ class LowRankPlan final : public Plan {
   template <class Body>
   static bool all_blocks(const LowRankFactors& factors, const LowRankTiles& tiles, const Body& body);
   bool is_cut(const LowRankFactors& factors, const LowRankTiles& tiles) const;
+  static bool ranks_agree(const LowRankFactors& factors);
   void cut(const LowRankFactors& factors, const LowRankTiles& tiles);
   void cut_shrinks(const LowRankFactors& factors, std::int64_t total);
   void cut_expands(const LowRankFactors& factors, const LowRankTiles& tiles);
@@ -105,6 +108,7 @@ class LowRankPlan final : public Plan {
   LowRankFactors factors_{};
   LoraAdd::Slice slices_[LoraAdd::kMostSlices];
   LowRankTiles tiles_{};
+  bool is_checked_ = false, is_for_all_layers_ = false;  // of this step: whether it is known, and whether ranks agree
   std::int64_t layer_table_ = 0, layer_pages_ = 0;  // how far the layer's entries lie from those of layer 0
   std::int64_t element_ = 0;  // bytes of one weight
   std::vector<LowRankBlock> blocks_;

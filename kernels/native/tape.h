@@ -104,9 +104,9 @@ class Tape {
     if (step.tokens > most_.tokens || step.sequences > most_.sequences || step.sampled > most_.sampled) {
       throw std::invalid_argument("this tape was recorded for smaller steps");
     }
-    lora_.forget();  // whatever became of the step before
-    bottleneck_.forget();
-    attention_.forget();
+    lora_.next_step();
+    bottleneck_.next_step();
+    attention_.next_step();
     for (std::size_t at = 0; at < calls_.size(); ++at) {
       const std::int64_t rows = step.count(calls_[at].rows);
       if (rows == 0) continue;
@@ -209,8 +209,12 @@ class Tape {
       plans_.back().first = args;
       return &plans_.back().second;
     }
-    void forget() {
-      for (auto& [like, plan] : plans_) plan.forget();
+    // Whatever became of the step before.
+    void next_step() {
+      for (auto& [like, plan] : plans_) {
+        plan.forget();
+        if constexpr (std::is_same_v<SomePlan, LowRankPlan>) plan.plan.next_step();
+      }
     }
 
    private:
