@@ -85,8 +85,10 @@ bool embedding(const Embedding& args) {
   return true;
 }
 
+namespace {
+
 // Whether none of them is infinite or NaN: 0 * x is a zero unless x is.
-static bool are_finite(const float* x, std::int64_t size) {
+bool are_finite(const float* x, std::int64_t size) {
   Vec sums[4] = {zero(), zero(), zero(), zero()};
   std::int64_t at = 0;
   for (; at + 4 * kLanes <= size; at += 4 * kLanes) {
@@ -97,6 +99,8 @@ static bool are_finite(const float* x, std::int64_t size) {
   });
   return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) == 0.0f;
 }
+
+}  // namespace
 
 // Each thread looks at some columns of all rows: the logits that it computed itself, and has in its cache.
 void finite_rows(const FiniteRows& args) {

@@ -29,6 +29,11 @@ bool same_tables(const LowRankFactors& a, const LowRankFactors& b) {
   return key(a) == key(b) && std::equal(a.slice, a.slice + a.slices, b.slice);
 }
 
+// Index of (slot, layer 0, the slice's target) in the tables.
+std::int64_t first_table(const LowRankFactors& factors, std::int64_t slot, std::int64_t slice) {
+  return slot * factors.layers * factors.targets + factors.slice[slice].target;
+}
+
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
@@ -48,14 +53,13 @@ void LowRankPlan::make(const LowRankFactors& factors, const LowRankTiles& tiles)
   layer_table_ = factors.layer * factors.targets;
   layer_pages_ = layer_table_ * factors.pages;
   const bool is_like_last = tiles == tiles_ && same_tables(factors, factors_);
-  if (is_like_last && ((is_checked_ && is_for_all_layers_) || is_cut(factors, tiles))) {
+  if (is_like_last && (ranks_agree_.value_or(false) || is_cut(factors, tiles))) {
     shrinks_.shares.restart();
     expands_.shares.restart();
   } else {
     cut(factors, tiles);
   }
-  if (!is_checked_) is_for_all_layers_ = ranks_agree(factors);
-  is_checked_ = true;
+  if (!ranks_agree_.has_value()) ranks_agree_ = ranks_agree(factors);
   restart(team_);
 }
 
@@ -64,8 +68,7 @@ bool LowRankPlan::ranks_agree(const LowRankFactors& factors) {
   for (std::int64_t s = 0; s < factors.segments; ++s) {
     if (factors.start[s] == factors.start[s + 1]) continue;
     for (std::int64_t slice = 0; slice < factors.slices; ++slice) {
-      const std::int64_t first = factors.slot[s] * factors.layers * factors.targets;
-      const std::int32_t* rank = factors.rank + first + factors.slice[slice].target;
+      const std::int32_t* rank = factors.rank + first_table(factors, factors.slot[s], slice);
       for (std::int64_t layer = 1; layer < factors.layers; ++layer) {
         if (rank[layer * factors.targets] != rank[0]) return false;
       }
@@ -82,7 +85,7 @@ bool LowRankPlan::all_blocks(const LowRankFactors& factors, const LowRankTiles& 
     const std::int64_t first = factors.start[s], end = factors.start[s + 1], slot = factors.slot[s];
     if (first == end) continue;
     for (std::int64_t slice = 0; slice < factors.slices; ++slice) {
-      const std::int64_t table = slot * factors.layers * factors.targets + factors.slice[slice].target;
+      const std::int64_t table = first_table(factors, slot, slice);
       const std::int64_t rank = factors.rank[table + factors.layer * factors.targets];
       if (rank == 0) continue;
       for (std::int64_t token = first; token < end; token += tiles.tokens) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "ops.h"
@@ -66,7 +67,7 @@ class LowRankPlan final : public Plan {
   // time but for the layer, as they mostly are while streams decode, are kept: in the caches of the threads too.
   void make(const LowRankFactors& factors, const LowRankTiles& tiles);
   // The tables may be others now. Until then those of one layer say what all layers have, where all ranks agree.
-  void next_step() { is_checked_ = false; }
+  void next_step() { ranks_agree_.reset(); }
 
   bool empty() const;
   const LowRankBlock& block(std::int64_t index) const;
@@ -108,7 +109,7 @@ class LowRankPlan final : public Plan {
   LowRankFactors factors_{};
   LoraAdd::Slice slices_[LoraAdd::kMostSlices];
   LowRankTiles tiles_{};
-  bool is_checked_ = false, is_for_all_layers_ = false;  // of this step: whether it is known, and whether ranks agree
+  std::optional<bool> ranks_agree_;  // in all layers of this step, once its first layer is planned
   std::int64_t layer_table_ = 0, layer_pages_ = 0;  // how far the layer's entries lie from those of layer 0
   std::int64_t element_ = 0;  // bytes of one weight
   std::vector<LowRankBlock> blocks_;

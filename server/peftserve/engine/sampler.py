@@ -26,7 +26,6 @@ class Sampler:
     """What rows ask for stays on the device: while they decode, the same rows come step after step."""
 
     def __init__(self) -> None:
-        self._params: list[SamplingParams] = []
         self._columns: _Columns | None = None
 
     def sample_rows(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
@@ -43,9 +42,8 @@ class Sampler:
     def _draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         params = [spec.params for spec in specs]
         columns = self._columns
-        if columns is None or params != self._params:  # mostly the same objects, which the comparison sees first
+        if columns is None or params != columns.params:  # mostly the same objects, which the comparison sees first
             columns = self._columns = _Columns.of(params, logits.device)
-            self._params = params
         uniform = columns.unused_uniform
         if uniform is None:
             numbers = uniforms([spec.seed for spec in specs], [spec.position for spec in specs])
@@ -58,8 +56,9 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The parameters of `sample`, [B] each; `unused_uniform` when no row is drawn at random."""
+    """The arguments of `sample` for rows with `params`, [B] each; `unused_uniform` when none is drawn at random."""
 
+    params: list[SamplingParams]
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
@@ -67,9 +66,10 @@ class _Columns:
     unused_uniform: torch.Tensor | None
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> "_Columns":
+    def of(cls, params: list[SamplingParams], device: torch.device) -> "_Columns":
         temperature = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
         return cls(
+            params=params,
             temperature=torch.tensor(temperature, dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
