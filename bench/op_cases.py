@@ -25,7 +25,6 @@ from peftserve_kernels import (
     Segments,
     bottleneck_add,
     embedding,
-    finite_rows,
     linear_logits,
     lora_add,
     paged_attention,
@@ -38,7 +37,6 @@ from peftserve_kernels import (
 )
 from peftserve_kernels.bottleneck import bottleneck_add_reference
 from peftserve_kernels.embedding import embedding_reference
-from peftserve_kernels.finite_rows import finite_rows_reference
 from peftserve_kernels.linear import linear_logits_reference
 from peftserve_kernels.lora import lora_add_reference
 from peftserve_kernels.paged_attention import paged_attention_reference
@@ -76,7 +74,6 @@ class OpCases:
             for context in self._contexts:
                 yield self._attention(f"decode, context {context}", [1] * tokens, context)
             yield self._logits(tokens)
-            yield self._finite_rows(tokens)
             yield self._sample(tokens, "greedy", temperature=0.0, top_p=1.0)
             yield self._sample(tokens, "top_p 0.9", temperature=1.0, top_p=0.9)
         else:
@@ -187,11 +184,6 @@ class OpCases:
             flops=2 * tokens * rows * columns,
             dense=rotating(dense, lambda w: torch.mm(rival_x, w)),
         )
-
-    def _finite_rows(self, tokens: int) -> Case:
-        logits = torch.randn(tokens, self._spec.vocab_size)
-        ours, reference = (lambda: finite_rows(logits)), (lambda: finite_rows_reference(logits))
-        return self._case("finite_rows", str(self._spec.vocab_size), tokens, ours, reference, nbytes=logits.nbytes)
 
     def _sample(self, tokens: int, shape: str, *, temperature: float, top_p: float) -> Case:
         logits = torch.randn(tokens, self._spec.vocab_size) * 3

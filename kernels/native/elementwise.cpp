@@ -1,4 +1,4 @@
-// Ops that treat rows, or elements, alone: rms_norm, residual_add, silu_mul, embedding, finite_rows.
+// Ops that treat rows, or elements, alone: rms_norm, residual_add, silu_mul, embedding.
 #include "dtypes.h"
 #include "kernels.h"
 #include "math.h"
@@ -83,35 +83,6 @@ bool embedding(const Embedding& args) {
     });
   });
   return true;
-}
-
-namespace {
-
-// Whether none of them is infinite or NaN: 0 * x is a zero unless x is.
-bool are_finite(const float* x, std::int64_t size) {
-  Vec sums[4] = {zero(), zero(), zero(), zero()};
-  std::int64_t at = 0;
-  for (; at + 4 * kLanes <= size; at += 4 * kLanes) {
-    for (int i = 0; i < 4; ++i) sums[i] = fma(load(x + at + i * kLanes), zero(), sums[i]);
-  }
-  for_vectors(size - at, [&](std::int64_t rest, int count) __attribute__((always_inline)) {
-    sums[0] = fma(load_part(x + at + rest, count), zero(), sums[0]);
-  });
-  return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) == 0.0f;
-}
-
-}  // namespace
-
-// Each thread looks at some columns of all rows: the logits that it computed itself, and has in its cache.
-void finite_rows(const FiniteRows& args) {
-  for (std::int64_t row = 0; row < args.rows; ++row) args.finite[row] = true;
-  const int team = team_size(args.threads, args.rows * args.columns);
-  parallel_ranges(team, args.columns, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = 0; row < args.rows; ++row) {
-      if (are_finite(args.x + row * args.columns + begin, end - begin)) continue;
-      __atomic_store_n(&args.finite[row], false, __ATOMIC_RELAXED);  // perhaps at the same time as another thread
-    }
-  });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

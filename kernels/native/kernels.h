@@ -11,7 +11,6 @@ void rms_norm(const RmsNorm& args);
 void residual_add(const ResidualAdd& args);
 void silu_mul(const SiluMul& args);
 bool embedding(const Embedding& args);
-void finite_rows(const FiniteRows& args);
 void rope_and_store_kv(const RopeAndStoreKv& args);
 void paged_attention(const PagedAttention& args);
 void lora_add(const LoraAdd& args);

@@ -94,9 +94,6 @@ NB_MODULE(_native, m) {
                 Embedding{at<void>(ids), at<void>(table), at<float>(y), wide_ids, static_cast<Dtype>(dtype), rows,
                           entries, columns, threads});
   });
-  m.def("finite_rows", [](Address x, Address finite, std::int64_t rows, std::int64_t columns, int threads) {
-    call(current->finite_rows, FiniteRows{at<float>(x), at<bool>(finite), rows, columns, threads});
-  });
   m.def("rope_and_store_kv",
         [](Address qkv, Address cos_sin, Address k_cache, Address v_cache, Address slots, Address q, Address q_norm,
            Address k_norm, int dtype, int cache_dtype, std::int64_t rows, std::int64_t num_heads,

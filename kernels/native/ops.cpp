@@ -12,7 +12,6 @@ const Ops kOps{
     .residual_add = residual_add,
     .silu_mul = silu_mul,
     .embedding = embedding,
-    .finite_rows = finite_rows,
     .rope_and_store_kv = rope_and_store_kv,
     .paged_attention = paged_attention,
     .lora_add = lora_add,

@@ -80,13 +80,6 @@ struct Embedding {
   int threads;
 };
 
-struct FiniteRows {
-  const float* x;  // [rows, columns]
-  bool* finite;    // [rows]
-  std::int64_t rows, columns;
-  int threads;
-};
-
 struct RopeAndStoreKv {
   const void* qkv;            // [rows, (num_heads + 2 num_kv_heads) head_dim] of `dtype`
   const float* cos_sin;       // [rows, head_dim] or null
@@ -181,7 +174,6 @@ struct Ops {
   void (*residual_add)(const ResidualAdd&);
   void (*silu_mul)(const SiluMul&);
   bool (*embedding)(const Embedding&);  // false, and nothing written, for an id outside the table
-  void (*finite_rows)(const FiniteRows&);
   void (*rope_and_store_kv)(const RopeAndStoreKv&);
   void (*paged_attention)(const PagedAttention&);
   void (*lora_add)(const LoraAdd&);

@@ -1,6 +1,7 @@
-// One row after the other, each by one thread. A row that is not greedy never sorts the vocabulary: the tokens whose
-// logit is near the largest are gathered, put in buckets by their distance to it, and bucket after bucket is sorted
-// only as far as the pick goes. Only where that does not decide the pick does the row look farther down.
+// First the maxima of chunks of all rows, each thread those of some columns: of the logits that it computed itself, and has
+// in its cache. Then one row after the other, each by one thread. A row that is not greedy never sorts the vocabulary: the
+// tokens whose logit is near the largest are gathered, put in buckets by their distance to it, and bucket after bucket is
+// sorted only as far as the pick goes. Only where that does not decide the pick does the row look farther down.
 #include <cstring>
 
 #include "kernels.h"
@@ -13,7 +14,8 @@ namespace {
 
 constexpr std::int64_t kChunk = 128;  // logits that share a stored maximum
 constexpr int kBuckets = 1024;
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kLargestFloat = 3.402823466e38f;
+constexpr int kMaxima = 2;  // which scratch memory holds them
 
 // Probabilities looked at, relative to the largest: above e^-8, e^-16, and all that are not zero in float32.
 constexpr float kDepths[] = {8.0f, 16.0f, 88.0f};
@@ -44,22 +46,40 @@ void sort(Candidate* items, std::int64_t count, Candidate* spare) {
   }
 }
 
+std::int64_t chunks_of(std::int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+
+// Infinite if one of them is NaN.
+float maximum_of(const float* logits, std::int64_t count) {
+  Vec largest = broadcast(-kInfinity), zeros = zero();
+  // 0 * x is a zero unless x is infinite or NaN.
+  const auto look = [&](Vec x) __attribute__((always_inline)) {
+    largest = max(largest, x);
+    const Vec lowest = broadcast(-kLargestFloat);
+    zeros = fma(select_greater(lowest, x, lowest, x), zero(), zeros);  // not so -inf: a banned token
+  };
+  std::int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) look(load(logits + at));
+  float result = maximum(largest);
+  bool any = !(sum(zeros) == 0.0f);
+  for (; at < count; ++at) {
+    result = logits[at] > result ? logits[at] : result;
+    any = any || logits[at] != logits[at];
+  }
+  return any ? kInfinity : result;
+}
+
 class Row {
  public:
-  Row(const float* logits, std::int64_t vocab) : logits_(logits), vocab_(vocab) {
-    const std::int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    const std::int64_t padded = vocab + kLanes;
-    cumulative_ = scratch<double>(static_cast<std::size_t>(4 * padded + chunks));  // 28 bytes a logit, 4 a chunk
-    gathered_ = reinterpret_cast<Candidate*>(cumulative_ + padded);
-    ordered_ = gathered_ + padded;
-    probability_ = reinterpret_cast<float*>(ordered_ + padded);
-    maxima_ = probability_ + padded;
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) maxima_[chunk] = chunk_maximum(chunk);
+  // maxima: of each chunk.
+  Row(const float* logits, std::int64_t vocab, const float* maxima) : logits_(logits), vocab_(vocab), maxima_(maxima) {
     largest_ = maxima_[0];
-    for (std::int64_t chunk = 1; chunk < chunks; ++chunk) {
+    for (std::int64_t chunk = 1; chunk < chunks_of(vocab); ++chunk) {
       if (maxima_[chunk] > largest_) largest_ = maxima_[chunk];
     }
   }
+
+  // Whether there is a pick.
+  bool any() const { return largest_ > -kInfinity && largest_ < kInfinity; }
 
   std::int64_t greedy() const {
     for (std::int64_t begin = 0; begin < vocab_; begin += kChunk) {
@@ -68,11 +88,15 @@ class Row {
         if (logits_[i] == largest_) return i;
       }
     }
-    return 0;  // NaN
+    return 0;
   }
 
   std::int64_t draw(float temperature, std::int64_t top_k, double top_p, double min_p, double uniform) {
-    if (!(largest_ > -kInfinity && largest_ < kInfinity)) return 0;
+    const std::int64_t padded = vocab_ + kLanes;
+    cumulative_ = scratch<double>(static_cast<std::size_t>(4 * padded));  // 28 bytes a logit
+    gathered_ = reinterpret_cast<Candidate*>(cumulative_ + padded);
+    ordered_ = gathered_ + padded;
+    probability_ = reinterpret_cast<float*>(ordered_ + padded);
     temperature_ = temperature;
     mass_ = static_cast<float>(total_mass());
     if (!(mass_ > 0.0f && mass_ < kInfinity)) return 0;
@@ -87,16 +111,6 @@ class Row {
 
  private:
   std::int64_t chunk_end(std::int64_t begin) const { return begin + kChunk < vocab_ ? begin + kChunk : vocab_; }
-
-  float chunk_maximum(std::int64_t chunk) const {
-    std::int64_t i = chunk * kChunk;
-    const std::int64_t end = chunk_end(i);
-    Vec largest = broadcast(-kInfinity);
-    for (; i + kLanes <= end; i += kLanes) largest = max(largest, load(logits_ + i));
-    float result = maximum(largest);
-    for (; i < end; ++i) result = logits_[i] > result ? logits_[i] : result;
-    return result;
-  }
 
   // e^((logit - largest) / temperature)
   Vec weight(Vec logits) const { return exp(div(sub(logits, broadcast(largest_)), broadcast(temperature_))); }
@@ -202,12 +216,12 @@ class Row {
 
   const float* logits_;
   std::int64_t vocab_;
+  const float* maxima_;
   float largest_ = 0.0f, temperature_ = 1.0f, mass_ = 1.0f;
   double* cumulative_;
   Candidate* gathered_;
   Candidate* ordered_;  // buckets one after the other, sorted up to `sorted_`
   float* probability_;
-  float* maxima_;
   std::int64_t count_ = 0, sorted_ = 0;
   int next_bucket_ = 0;
   std::int64_t bucket_end_[kBuckets];
@@ -216,10 +230,26 @@ class Row {
 }  // namespace
 
 void sample(const Sample& args) {
-  parallel_tasks(team_size(args.threads, args.rows * args.vocab), args.rows, [&](std::int64_t index) {
-    Row row(args.logits + index * args.vocab, args.vocab);
+  const std::int64_t chunks = chunks_of(args.vocab);
+  auto* maxima = scratch<float, kMaxima>(static_cast<std::size_t>(args.rows * chunks));
+  const int team = team_size(args.threads, args.rows * args.vocab);
+  parallel_ranges(team, chunks, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = 0; row < args.rows; ++row) {
+      const float* logits = args.logits + row * args.vocab;
+      for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+        const std::int64_t at = chunk * kChunk, left = args.vocab - at;
+        maxima[row * chunks + chunk] = maximum_of(logits + at, left < kChunk ? left : kChunk);
+      }
+    }
+  });
+  bool any_drawn = false;
+  for (std::int64_t row = 0; row < args.rows; ++row) any_drawn = any_drawn || args.temperature[row] != 0.0f;
+  parallel_tasks(any_drawn ? team : 1, args.rows, [&](std::int64_t index) {
+    Row row(args.logits + index * args.vocab, args.vocab, maxima + index * chunks);
     const float temperature = args.temperature[index];
-    if (temperature == 0.0f) {
+    if (!row.any()) {
+      args.ids[index] = -1;
+    } else if (temperature == 0.0f) {
       args.ids[index] = row.greedy();
     } else {
       const auto top_p = static_cast<double>(args.top_p[index]), min_p = static_cast<double>(args.min_p[index]);

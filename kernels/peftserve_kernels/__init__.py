@@ -10,7 +10,6 @@ from peftserve_kernels.bottleneck import BottleneckInput, BottleneckSite, Bottle
 from peftserve_kernels.copy_pages import copy_pages
 from peftserve_kernels.dispatch import Backend
 from peftserve_kernels.embedding import embedding
-from peftserve_kernels.finite_rows import finite_rows
 from peftserve_kernels.linear import linear_logits
 from peftserve_kernels.lora import LoraSlice, LoraWeights, lora_add
 from peftserve_kernels.nf4 import NF4_BLOCK, NF4_CODE, Nf4Layout, Nf4Weight, dequantize_nf4
@@ -47,7 +46,6 @@ __all__ = [
     "copy_pages",
     "dequantize_nf4",
     "embedding",
-    "finite_rows",
     "linear_logits",
     "lora_add",
     "nf4_linear",

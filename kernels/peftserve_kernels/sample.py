@@ -15,7 +15,7 @@ _FIRST_WIDTHS: Final = (256, 4096)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    """One token id a row: int64 [B]. Not in place.
+    """One token id a row, or -1: int64 [B]. Not in place.
 
     logits: float32 [B, V]; temperature: float32 [B], 0 for greedy (the largest logit, the lowest id among equals);
     top_k: int32 [B], 0 for off; top_p: float32 [B], 1 for off; min_p: float32 [B], 0 for off; uniform: float32 or
@@ -25,8 +25,8 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     among equals, and filters them step by step: the first top_k; of those, renormalised, the fewest whose sum reaches
     top_p (Holtzman et al. 2020, arXiv:1904.09751); of those the ones with at least min_p times the largest probability
     (Nguyen et al. 2024, arXiv:2407.01082). At least one stays. The pick is the first token at which the running sum,
-    renormalised, exceeds `uniform`. It depends on that row's values alone; a row with NaN, +inf or nothing but -inf
-    gets an arbitrary id below V.
+    renormalised, exceeds `uniform`. It depends on that row's values alone. A row with NaN or +inf, or with nothing but
+    -inf, has none: it gets -1.
     Raises ValueError when logits is not float32 [B, V] or a parameter is not [B].
     """
     if logits.ndim != 2 or logits.dtype != torch.float32:
@@ -45,14 +45,17 @@ def sample_reference(
     parameters = zip(
         temperature.tolist(), top_k.tolist(), top_p.tolist(), min_p.tolist(), uniform.tolist(), strict=True
     )
-    picks = [
-        int(row.argmax()) if row_parameters[0] == 0.0 else _sample_row(row, *row_parameters)
-        for row, row_parameters in zip(logits, parameters, strict=True)
-    ]
+    picks = [_pick(row, *row_parameters) for row, row_parameters in zip(logits, parameters, strict=True)]
     return torch.tensor(picks, dtype=torch.int64, device=logits.device)
 
 
-def _sample_row(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+def _pick(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    if not logits.max().isfinite():  # the largest of NaN and others is NaN
+        return -1
+    return int(logits.argmax()) if temperature == 0.0 else _draw(logits, temperature, top_k, top_p, min_p, uniform)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
     """Inverse CDF over the most probable tokens, looking at more of them only while the pick is not certain."""
     vocab = logits.shape[0]
     probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)

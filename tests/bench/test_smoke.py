@@ -49,7 +49,6 @@ def test_ops(results: Path) -> None:
     assert {entry["op"] for entry in entries} == {
         "bottleneck_add",
         "embedding",
-        "finite_rows",
         "linear_logits",
         "lora_add",
         "nf4_linear",

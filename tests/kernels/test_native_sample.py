@@ -89,7 +89,7 @@ def test_greedy_is_the_lowest_id_among_the_largest() -> None:
     logits[2] = -torch.inf
     logits[3, 999] = 2.0
     ones, zeros = torch.ones(4), torch.zeros(4)
-    assert sample(logits, zeros, zeros.int(), ones, zeros, zeros.double()).tolist() == [0, 256, 0, 999]
+    assert sample(logits, zeros, zeros.int(), ones, zeros, zeros.double()).tolist() == [0, 256, -1, 999]
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1.0, 30.0])
@@ -124,14 +124,24 @@ def test_a_row_gives_the_same_token_in_every_batch(vocab: int, rows: int, data: 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("entries", [1, 2000])
-def test_a_broken_row_gets_some_id_and_disturbs_no_other(bad: float, entries: int) -> None:
+def test_a_broken_row_has_no_pick_and_disturbs_no_other(bad: float, entries: int) -> None:
     draws = random_draws(30, 2000, 2.0)
     clean = sample(*draws.rows(list(range(30))))
     draws.logits[::3, :entries] = bad
     picks = sample(*draws.rows(list(range(30))))
-    assert ((picks >= 0) & (picks < 2000)).all()
+    assert (picks[::3].clamp(-1, 0) == (0 if bad == -torch.inf and entries == 1 else -1)).all()
     rest = [i for i in range(30) if i % 3]
     assert picks[rest].tolist() == clean[rest].tolist()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_logit_counts_wherever_it_is(bad: float) -> None:
+    logits = torch.full((300, 300), -3.4e38)  # the lowest that is finite, nearly
+    off = torch.zeros(300)
+    assert not sample(logits, off, off.int(), off + 1, off, off.double()).any()
+    logits.fill_diagonal_(bad)
+    for temperature in (off, off + 1):
+        assert (sample(logits, temperature, off.int(), off + 1, off, off.double()) == -1).all()
 
 
 def test_banned_tokens_are_never_picked() -> None:

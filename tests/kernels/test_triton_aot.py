@@ -152,7 +152,7 @@ def test_the_catalog_runs_every_op() -> None:
     ops = {call.op.split()[0] for call in catalog.calls(catalog.MODELS[0], 16, torch.bfloat16)}
     assert ops == {
         "nf4_linear", "linear_logits", "lora_add", "bottleneck_add", "paged_attention", "rope_and_store_kv",
-        "rms_norm", "silu_mul", "embedding", "finite_rows", "sample", "apply_penalties",
+        "rms_norm", "silu_mul", "embedding", "sample", "apply_penalties",
     }  # fmt: skip
 
 

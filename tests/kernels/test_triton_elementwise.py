@@ -1,11 +1,8 @@
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from peftserve_kernels.finite_rows import finite_rows_reference
-from peftserve_kernels.gpu.elementwise import embedding, finite_rows, piece_choice, rms_norm, row_choice, silu_mul
+from peftserve_kernels.gpu.elementwise import embedding, piece_choice, rms_norm, row_choice, silu_mul
 from peftserve_kernels.gpu.launch import Target, recording
 from tests.kernels.rounding import assert_rounded_once
 
@@ -58,17 +55,6 @@ def test_embedding(dtype: torch.dtype, id_dtype: torch.dtype, size: int) -> None
     for rows in (0, 3):
         ids = torch.randint(0, 11, (rows,), dtype=id_dtype)
         assert torch.equal(embedding(ids, table), table[ids.long()].float())
-
-
-@pytest.mark.parametrize("size", [0, *SIZES, 16385])
-def test_finite_rows(size: int) -> None:
-    for rows in (0, 1, 8):
-        x = torch.full((rows, size), -3.4e38)
-        if size:
-            for row, value in ((1, math.nan), (3, math.inf), (4, -math.inf)):
-                x[row : row + 1, size - 1] = value
-            x[6:7, 0] = math.nan
-        assert torch.equal(finite_rows(x), finite_rows_reference(x))
 
 
 def test_tensors_that_are_not_contiguous() -> None:

@@ -167,12 +167,9 @@ def test_rows_that_overflowed_harm_nobody(bad: float) -> None:
     table[2, 5] = bad
     specs = [spec(temperature=0.0), spec(seed=1, logprobs=2), spec(seed=1, logprobs=2, repetition_penalty=2.0)]
     good, broken, partly = sample_rows(table, specs)
-    assert good.token_id == expected
-    assert (good.is_finite, broken.is_finite) == (True, False)
-    for row in (broken, partly):
-        assert 0 <= row.token_id < VOCAB
-        assert row.logprobs is not None
-        assert all(np.isfinite(value) for _, value in row.logprobs.top)
+    assert (good.token_id, good.is_finite) == (expected, True)
+    assert not broken.is_finite
+    assert partly.is_finite == (bad == -float("inf"))  # which is a token of no probability
 
 
 def test_rows_that_come_and_go_are_drawn_as_they_ask() -> None:

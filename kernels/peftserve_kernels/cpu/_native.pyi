@@ -54,7 +54,6 @@ def embedding(
     threads: int,
     /,
 ) -> bool: ...
-def finite_rows(x: int, finite: int, rows: int, columns: int, threads: int, /) -> None: ...
 def rope_and_store_kv(
     qkv: int,
     cos_sin: int,

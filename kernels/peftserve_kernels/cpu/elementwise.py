@@ -1,4 +1,4 @@
-"""rms_norm, residual_add, silu_mul, embedding and finite_rows in C++: ops that treat each row alone."""
+"""rms_norm, residual_add, silu_mul and embedding in C++: ops that treat each row alone."""
 
 import torch
 from torch import Tensor
@@ -74,12 +74,3 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     if not done:
         raise IndexError(f"ids: must be in 0 .. {entries - 1}, got {int(ids.min())} .. {int(ids.max())}")
     return y
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """See `peftserve_kernels.finite_rows`."""
-    rows, columns = x.shape
-    x = x.contiguous()
-    finite = torch.empty(rows, dtype=torch.bool)
-    ops.finite_rows(x.data_ptr(), finite.data_ptr(), rows, columns, threads())
-    return finite

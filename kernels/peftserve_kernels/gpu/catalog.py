@@ -13,7 +13,6 @@ from torch import Tensor
 
 from peftserve_kernels.bottleneck import BottleneckSite, BottleneckWeights, bottleneck_add
 from peftserve_kernels.embedding import embedding
-from peftserve_kernels.finite_rows import finite_rows
 from peftserve_kernels.gpu.launch import Launch, Target, recording
 from peftserve_kernels.linear import linear_logits
 from peftserve_kernels.lora import LoraSlice, LoraWeights, lora_add
@@ -281,7 +280,6 @@ class _Batch(NamedTuple):
         rows, vocab = self.rows, self.model.vocab
         logits = self.empty(rows, vocab, dtype=torch.float32)
         row = self.empty(rows, dtype=torch.float32)
-        yield Call("finite_rows", partial(finite_rows, logits), Work(logits.nbytes, 2 * rows * vocab))
         run = partial(sample, logits, row, row.int(), row, row, row.double())
         # weights are made of every logit twice: for the tallies and for the search
         yield Call("sample", run, Work(logits.nbytes, 2 * 4 * rows * vocab))

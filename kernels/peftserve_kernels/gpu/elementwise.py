@@ -1,4 +1,4 @@
-"""rms_norm, residual_add, silu_mul, embedding and finite_rows in Triton: one launch each, bound by memory."""
+"""rms_norm, residual_add, silu_mul and embedding in Triton: one launch each, bound by memory."""
 
 from typing import Final, NamedTuple
 
@@ -154,26 +154,3 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
         grid = (rows, triton.cdiv(columns, choice.block))
         launch(embedding_kernel, grid, ids, table, out, COLUMNS=columns, BLOCK=choice.block, num_warps=choice.num_warps)
     return out
-
-
-@triton.jit
-def finite_rows_kernel(x, finite, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    others = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, COLUMNS, BLOCK):
-        value = tl.load(x + row * COLUMNS + first + column, mask=first + column < COLUMNS, other=0.0)
-        others += tl.where(tl.abs(value) < float("inf"), 0, 1)  # NaN is below nothing
-    tl.store(finite + row, tl.sum(others) == 0)
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """See `peftserve_kernels.finite_rows`. One program a row."""
-    x = x.contiguous()
-    rows, columns = x.shape
-    finite = torch.ones(rows, dtype=torch.uint8, device=x.device)
-    if x.numel():
-        choice = row_choice(columns)
-        grid = (rows,)
-        launch(finite_rows_kernel, grid, x, finite, COLUMNS=columns, BLOCK=choice.block, num_warps=choice.num_warps)
-    return finite.view(torch.bool)

@@ -98,7 +98,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
 
 @triton.jit
 def _load(source, length, chunk, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A chunk's positions and logits. NaN, for which nothing is promised, becomes -inf, so that every loop ends."""
+    """A chunk's positions and logits. NaN, of which nothing is picked, becomes -inf, so that every loop ends."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     value = tl.load(source + position, mask=position < length, other=-float("inf"))
     return position, tl.where(value == value, value, -float("inf"))
@@ -137,8 +137,13 @@ def _row_largest(maxima, row, chunks, CHUNKS_PADDED: tl.constexpr):  # type: ign
 
 @triton.jit
 def _is_drawn(temperature, largest):  # type: ignore[no-untyped-def]
-    """Whether the row needs weights: not a greedy one, nor one without a finite maximum, where none are defined."""
-    return (temperature != 0.0) & (largest > -float("inf")) & (largest < float("inf"))
+    """Whether the row needs weights: not a greedy one, nor one without a pick, where none are defined."""
+    return (temperature != 0.0) & _has_pick(largest)
+
+
+@triton.jit
+def _has_pick(largest):  # type: ignore[no-untyped-def]
+    return (largest > -float("inf")) & (largest < float("inf"))
 
 
 @triton.jit
@@ -171,7 +176,9 @@ def _chunk_maxima(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    token, value = _load(logits + row * stride, vocab, chunk, CHUNK)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    value = tl.load(logits + row * stride + token, mask=token < vocab, other=-float("inf"))
+    value = tl.where(value == value, value, float("inf"))  # so that the row's largest is not finite
     largest = tl.max(value, axis=0)
     tl.store(maxima + row * chunks + chunk, largest)
     tl.store(firsts + row * chunks + chunk, tl.min(tl.where(value == largest, token, vocab), axis=0))
@@ -434,8 +441,8 @@ def _pick(  # type: ignore[no-untyped-def]
             pick = tl.load(tokens + row * COPIED + found)
         tl.store(ids + row, pick.to(tl.int64))
     else:
-        # greedy, or a row without a finite maximum: the first token of the largest logit
+        # greedy: the first token of the largest logit
         others = tl.arange(0, CHUNKS_PADDED)
         value = tl.load(maxima + row * chunks + others, mask=others < chunks, other=-float("inf"))
         first = tl.load(firsts + row * chunks + others, mask=(value == largest) & (others < chunks), other=vocab)
-        tl.store(ids + row, tl.min(first, axis=0).to(tl.int64))
+        tl.store(ids + row, tl.where(_has_pick(largest), tl.min(first, axis=0), -1).to(tl.int64))

@@ -13,7 +13,6 @@ import torch
 
 from peftserve.engine.plan import Sampled, SampleSpec
 from peftserve.types import SamplingParams, TokenLogprobs
-from peftserve_kernels.finite_rows import finite_rows
 from peftserve_kernels.penalties import Penalties, RowPenalties, apply_penalties
 from peftserve_kernels.sample import sample
 
@@ -29,15 +28,18 @@ class Sampler:
         self._columns: _Columns | None = None
 
     def sample_rows(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-        """One token for each row of `logits` float32 [B, vocab], which is overwritten."""
-        finite = _make_finite(logits)
+        """One token for each row of `logits` float32 [B, vocab], which is overwritten.
+
+        Legal but absurd adapter weights can overflow. No row has a part in what others get, so their own request alone
+        ends with an error.
+        """
         reporting = [index for index, spec in enumerate(specs) if spec.params.logprobs is not None]
         # Of the model's own distribution, so before anything changes the logits.
         log_probs = logits[reporting].log_softmax(dim=-1) if reporting else None
         _penalize(logits, specs)
         tokens = self._draw(logits, specs)
         reports = {} if log_probs is None else _report(log_probs, reporting, specs, tokens)
-        return [Sampled(token, reports.get(index), finite[index]) for index, token in enumerate(tokens)]
+        return [Sampled(token, reports.get(index), is_finite=token >= 0) for index, token in enumerate(tokens)]
 
     def _draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
         params = [spec.params for spec in specs]
@@ -92,19 +94,6 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _make_finite(logits: torch.Tensor) -> list[bool]:
-    """Whether each row was free of NaN and infinity; where one was not, all are made so, in place.
-
-    Legal but absurd adapter weights can overflow. Their own request will end with an error; the draw must stay defined
-    and log-probabilities must stay numbers for the other requests of the step.
-    """
-    finite: list[bool] = finite_rows(logits).tolist()
-    if not all(finite):
-        limit = 1e30  # far beyond real logits, and far enough from float32's end for penalties and biases
-        logits.nan_to_num_(nan=-limit, posinf=limit, neginf=-limit).clamp_(-limit, limit)
-    return finite
 
 
 def _penalize(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> None:
