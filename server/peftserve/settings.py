@@ -8,7 +8,7 @@ than a server that does not start.
 import difflib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def parse_text(text: str, info: FieldInfo) -> Any:
     text = text.strip()
     if text.startswith(("{", "[")):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_unique)
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON ({error.msg} at character {error.pos})") from None
     parts = [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()]
@@ -76,7 +76,7 @@ def parse_text(text: str, info: FieldInfo) -> Any:
     pairs = [part.partition("=") for part in parts]
     if not all(key and separator and value for key, separator, value in pairs):
         raise ValueError("write KEY=VALUE,KEY=VALUE or a JSON object")
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    return _unique([(key.strip(), value.strip()) for key, _, value in pairs])
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -103,12 +103,14 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def from_yaml(path: Path) -> dict[str, Any]:
     """Settings of a YAML file: one flat mapping; `max-batch-tokens` is the same as `max_batch_tokens`.
 
-    Raises `ConfigurationError` for a file that cannot be read, is no mapping, or holds unknown keys.
+    Raises `ConfigurationError` for a file that cannot be read, is no mapping, or holds unknown keys or one twice.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(_read(path))
+        loader = yaml.SafeLoader(_read(path))
+        document = loader.get_single_node()
+        content = None if document is None else loader.construct_document(document)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -118,11 +120,51 @@ def from_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path}: must be a mapping of settings", field="config")
     known = list(fields())
-    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    values = {_flat(key): value for key, value in content.items()}
     faults = [f"{path}: {key}: no such setting{_hint(key, known)}" for key in values if key not in known]
+    faults += [f"{path}: {fault}" for fault in _repetitions(document)]
     if faults:
         raise ConfigurationError("; ".join(faults), faults=faults)
     return values
+
+
+def _flat(key: object) -> str:
+    return str(key).replace("-", "_")
+
+
+def _repetitions(document: Any) -> list[str]:
+    """Faults of a YAML mapping, and of the mappings that are its values: keys that came before."""
+    import yaml
+
+    faults = _repeated((_flat(key.value), key) for key, _ in document.value)
+    for setting, value in document.value:
+        if isinstance(value, yaml.MappingNode):
+            faults += [
+                f"{_flat(setting.value)}: {fault}" for fault in _repeated((key.value, key) for key, _ in value.value)
+            ]
+    return faults
+
+
+def _repeated(keys: Iterable[tuple[Any, Any]]) -> list[str]:
+    """Those of (what to compare, YAML node) that came before, by their lines: the keys themselves may be secret."""
+    lines: dict[Any, int] = {}
+    faults = []
+    for key, node in keys:
+        line = node.start_mark.line + 1
+        if key in lines:
+            faults.append(f"line {line} has the same key as line {lines[key]}")
+        lines.setdefault(key, line)
+    return faults
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of them. Keys may be secret, so that a fault tells their places."""
+    places: dict[str, int] = {}
+    for place, (key, _) in enumerate(pairs, start=1):
+        if key in places:
+            raise ValueError(f"entry {place} has the same key as entry {places[key]}")
+        places[key] = place
+    return dict(pairs)
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None = None) -> config.Config:

@@ -464,3 +464,12 @@ async def test_prompt_tokens_count_once_the_engine_has_begun_with_them(make: Mak
 
     assert await processed(silent) == 0
     assert await processed(endless) > 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"), [(-1, [-1, 0]), (-(2**63), [-(2**63), 1 - 2**63]), (2**63 - 1, [2**63 - 1, -(2**63)])]
+)
+async def test_seeds_are_any_int64(world: World, seed: int, seeds: list[int]) -> None:
+    sampling = Sampling(n=2, seed=seed)
+    await run(world, GenerateRequest(id="r", tenant="default", prompts=(TextPrompt("a"),), sampling=sampling))
+    assert [request.sampling.seed for request in world.engine.requests] == seeds

@@ -37,6 +37,7 @@ def sampling(**fields: Any) -> dict[str, Any]:
         ({"min_p": -0.1}, "sampling.min_p: must be greater than or equal to 0 (got -0.1)"),
         ({"n": 129}, "sampling.n: must be less than or equal to 128 (got 129)"),
         ({"seed": 2**63}, f"sampling.seed: must be less than {2**63} (got {2**63})"),
+        ({"seed": -(2**63) - 1}, f"sampling.seed: must be greater than or equal to {-(2**63)} (got {-(2**63) - 1})"),
         ({"repetition_penalty": 0}, "sampling.repetition_penalty: must be greater than 0 (got 0)"),
         ({"presence_penalty": 3}, "sampling.presence_penalty: must be less than or equal to 2 (got 3)"),
         (

@@ -61,6 +61,20 @@ def test_lists_and_mappings(tmp_path: Path) -> None:
         settings.load({}, {"PEFTSERVE_API_KEYS": "{oops"})
 
 
+def test_a_key_that_comes_twice_is_refused_and_not_shown(tmp_path: Path) -> None:
+    for text in ("secret=a,k=b,secret=c", '{"secret": "a", "k": "b", "secret": "c"}'):
+        with pytest.raises(ConfigurationError, match=r"--api-keys: entry 3 has the same key as entry 1$"):
+            settings.load({"api_keys": text}, {})
+    file = tmp_path / "config.yaml"
+    file.write_text("grpc_port: 1\napi_keys:\n  secret: a\n  k: b\n  secret: c\ngrpc-port: 2\n")
+    with pytest.raises(ConfigurationError) as caught:
+        settings.load({}, {}, file)
+    assert caught.value.faults == [
+        f"{file}: line 6 has the same key as line 1",
+        f"{file}: api_keys: line 5 has the same key as line 3",
+    ]
+
+
 def test_unknown_names_are_refused_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"PEFTSERVE_POTR: no such setting; did you mean PEFTSERVE_PORT\?"):
         settings.load({}, {"PEFTSERVE_POTR": "1"})

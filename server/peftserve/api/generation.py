@@ -336,6 +336,11 @@ class _Run:
         self._news.set()
 
 
+def _wrapped(seed: int) -> int:
+    """As int64 wraps around."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def _sampling_params(request: GenerateRequest, max_tokens: int, choice: int) -> SamplingParams:
     sampling = request.sampling
     return SamplingParams(
@@ -346,7 +351,7 @@ def _sampling_params(request: GenerateRequest, max_tokens: int, choice: int) -> 
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         # Choices of one request must differ; the engine draws a seed of its own where none is given.
-        seed=None if sampling.seed is None else (sampling.seed + choice) % (1 << 63),
+        seed=None if sampling.seed is None else _wrapped(sampling.seed + choice),
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,

@@ -63,7 +63,7 @@ class SamplingFields(Body):
     top_k: int = Field(0, ge=-1, le=MAX_TOKENS, description="0 or -1: off")
     top_p: Finite = Field(1.0, gt=0, le=1)
     min_p: Finite = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Choice i of a request uses seed + i")
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, description="Choice i of a request uses seed + i")
     repetition_penalty: Finite = Field(1.0, gt=0, le=2)
     presence_penalty: Finite = Field(0.0, ge=-2, le=2)
     frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
