@@ -102,7 +102,9 @@ class EngineConfig(_Frozen):
     max_adapter_rank: int = Field(128, ge=1, le=1024, description="Largest LoRA rank or bottleneck width accepted")
     adapter_retry_s: float = Field(5.0, ge=0, description="Pause before a failed adapter load is tried again, seconds")
     starvation_s: float = Field(
-        2.0, gt=0, description="A request that could not be placed for this long is no longer overtaken, seconds"
+        2.0,
+        gt=0,
+        description="A request that could not be placed for this long is no longer delayed by others, seconds",
     )
 
 

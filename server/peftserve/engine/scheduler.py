@@ -3,8 +3,9 @@
 `schedule` makes a `StepPlan`, `commit` takes its `StepResult` in; between the two nothing changes. Decode comes first,
 so that running streams never wait for a prompt; prompts share what is left of the token budget in chunks. A request
 that comes up in fair order but cannot be placed (no room for its adapter or its KV pages) may be overtaken, but not for
-ever: `starvation_s` after that nobody starts before it, and adapters that nobody uses are evicted for its sake, by one
-request a step. One that pinned adapters leave no room for fails at once.
+ever: `starvation_s` after that nobody starts before it but those that do not delay it (see `backfill`), and adapters
+that nobody uses are evicted for its sake, by one request a step. One that pinned adapters leave no room for fails at
+once.
 """
 
 import random
@@ -16,6 +17,7 @@ from peftserve.engine import page_hashes
 from peftserve.engine import plan as plans
 from peftserve.engine.adapter_cache import AdapterCache
 from peftserve.engine.adapter_entry import AdapterState
+from peftserve.engine.backfill import Backfill, Bounds
 from peftserve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
 from peftserve.engine.kv_cache import KvPageManager
 from peftserve.engine.plan import PageCopy, Row, SampleSpec, StepPlan, StepResult
@@ -53,6 +55,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.waiting = FairQueue()
         self._limits = limits
+        self._bounds = Bounds(limits.max_batch_tokens, limits.max_model_len)
         self._kv = kv
         self._adapters = adapters
         self._clock = clock
@@ -212,24 +215,35 @@ class Scheduler:
         now = self._clock()
         order = self.waiting.in_order()
         urged = False
+        beside: Backfill | None = None  # a request that has starved, if there is one
         while budget > 0 and len(self.running) < self._limits.max_num_seqs:
             request = order.next()
             if request is None:
                 return
+            if beside is not None and not beside.take(request):
+                continue
             starved = request.refused is not None and now - request.refused > self._limits.starvation_s
+            starved = starved and beside is None  # one at a time
             if not self._start(request, copies, urgent=starved and not urged):
                 if request.refused is None:
                     request.refused = now
                 if starved and request.state is RequestState.WAITING and not self._on_its_way(request):
-                    if self.running:
-                        return
                     urged = True
+                    if self.running and (beside := self._beside(request)) is None:
+                        return
                 continue
             size = min(request.num_pending, budget)
             chunks[request] = size
             budget -= size
             self._charge(request, size)
             order.served(request)
+
+    def _beside(self, request: Request) -> Backfill | None:
+        """Who may start before a request that has starved; None for nobody. It lacks KV pages, or else a place for its
+        adapter, of which it is not known when there will be one."""
+        if request.digest is not None and self._adapters.state(request.digest) is not AdapterState.DEVICE:
+            return None
+        return Backfill.beside(request, self.running, self._kv, self._bounds)
 
     def _on_its_way(self, request: Request) -> bool:
         """Whether the request waits for nothing but its adapter's copy, for which nobody has to be held back."""
