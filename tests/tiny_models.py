@@ -78,11 +78,13 @@ CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
 """Every variant by name; the families are the words before the first underscore."""
 
 
-def make_model(variant: str, seed: int = 0) -> Any:
-    """A float32 transformers model of `variant` with random weights, in evaluation mode."""
+def make_model(variant: str, seed: int = 0, **sizes: int) -> Any:
+    """A float32 transformers model of `variant` with random weights, in evaluation mode; `sizes` change its config."""
+    config = CONFIGS[variant]()
+    config.update(sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[variant](), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1:
@@ -91,9 +93,11 @@ def make_model(variant: str, seed: int = 0) -> Any:
     return model.eval()
 
 
-def make_checkpoint(variant: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(
+    variant: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
+) -> Path:
     """`folder`, holding a full-precision Hugging Face checkpoint of `variant` with tokenizer and chat template."""
-    make_model(variant, seed).to(dtype).save_pretrained(folder)
+    make_model(variant, seed, **sizes).to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

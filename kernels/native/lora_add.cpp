@@ -72,17 +72,20 @@ class Update {
     const Vec scale = broadcast(args_.scale[plan_.table(block)]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[plan_.table(block)];
     T* y = y_ + block.token * y_stride + slice.offset;
-    const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1
+    const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1, and then what is added
     const auto add_to = [&](std::int64_t m, const float* sums) {
       T* to = y + m * y_stride + part.first;
       for_vectors_as<kSplit>(columns.count(), [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
-        Vec sum[n.value], before[n.value], more[n.value] = {};
+        Vec sum[n.value], before[n.value], more[n.value] = {}, shift[n.value] = {};
         read_as(sums + at, lanes, sum);
         read_as(to + at, lanes, before);
-        if (excess != nullptr) read_as(excess + part.first + at, lanes, more);
+        if (excess != nullptr) {
+          read_as(excess + part.first + at, lanes, more);
+          read_as(excess + slice.outputs + part.first + at, lanes, shift);
+        }
         unroll<n.value>([&](auto v) __attribute__((always_inline)) {
           sum[v.value] = fma(scale, sum[v.value], before[v.value]);
-          if (excess != nullptr) sum[v.value] = fma(more[v.value], sum[v.value], sum[v.value]);
+          if (excess != nullptr) sum[v.value] = add(fma(more[v.value], sum[v.value], sum[v.value]), shift[v.value]);
         });
         store_as(to + at, lanes, sum);
       });

@@ -124,7 +124,7 @@ struct LoraAdd {
   const void* arena;              // of `arena_dtype`
   const std::int32_t* rank;       // [slots, layers, targets]
   const float* scale;             // the same
-  const std::int64_t* row_scale;  // the same; negative for none
+  const std::int64_t* row_scale;  // the same, of [2, outputs]; negative for none
   const std::int64_t* a_page;     // [slots, layers, targets, pages]
   const std::int64_t* b_page;     // the same
   Slice slice[kMostSlices];       // the first `slices` of them

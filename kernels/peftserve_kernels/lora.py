@@ -22,8 +22,9 @@ class LoraWeights:
     arena: model dtype or float32 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page: int64
     [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
     (rows [8, out]), multiples of 8; P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. row_scale: int64
-    [slots, layers, targets], the element offset of DoRA's row scale less one [out], a multiple of 8, or -1 for none: g
-    is near 1, and g - 1 keeps in 16 bits what g would lose. Rank 0: the adapter does not touch that module, and none of
+    [slots, layers, targets], the element offset, a multiple of 8, of [2, out] values: DoRA's row scale less one, and
+    what it would otherwise add to a bias b of the layer, with the sign changed, (1 - g) b; or -1 for none. (g is near
+    1, and g - 1 keeps in 16 bits what g would lose.) Rank 0: the adapter does not touch that module, and none of
     its other entries is read. The tables are filled and cleared in place as adapters come and go.
     Raises ValueError for shapes that do not agree.
     """
@@ -87,8 +88,8 @@ def lora_add(
 ) -> None:
     """For each segment and slice: y[s:e, off:off+N] += scale * (x[s:e] A^T) B^T (Hu et al. 2021, arXiv:2106.09685).
 
-    Where the module has a row scale g, y[s:e, off:off+N] = g * (y[s:e, off:off+N] + scale * (x[s:e] A^T) B^T): that is
-    DoRA (Liu et al. 2024, arXiv:2402.09353) with g = m / ||W + scale B A|| by output row, if y holds W x without bias.
+    Where the module has a row scale g, and y holds W x + b, it will hold g * (W x + scale * B (A x)) + b: that is DoRA
+    (Liu et al. 2024, arXiv:2402.09353) with g = m / ||W + scale B A|| by output row.
 
     y: [M, Ntot], written in place; x: [M, K], the layer's input; both float32, bfloat16 or float16. Runs to the real
     rank of each adapter and module. The rank-sized intermediate is float32, the sum is rounded once to y's dtype.
@@ -125,9 +126,10 @@ def lora_add_reference(
             if row_scale < 0:
                 out.add_(delta, alpha=scales[target])
             else:
-                excess = weights.arena[row_scale : row_scale + piece.out_features].float()
+                stored = weights.arena[row_scale : row_scale + 2 * piece.out_features]
+                excess, shift = stored.float().chunk(2)
                 updated = torch.add(out, delta, alpha=scales[target])
-                out.copy_(updated + excess * updated)
+                out.copy_(updated + excess * updated + shift)
 
 
 _LoraAdd = Callable[[Tensor, Tensor, Segments, LoraWeights, int, Sequence[LoraSlice]], None]

@@ -39,9 +39,14 @@ def module_name(layer: int, target: str) -> str:
 
 
 def lora(
-    target_names: tuple[str, ...] = ("q_proj", "v_proj"), *, rank: int = 4, seed: int = 0, **config: Any
+    target_names: tuple[str, ...] = ("q_proj", "v_proj"),
+    *,
+    rank: int = 4,
+    seed: int = 0,
+    use_dora: bool = False,
+    **config: Any,
 ) -> tuple[dict[str, Any], Arrays]:
-    """A LoRA's config and arrays on all layers of SPEC."""
+    """A LoRA's config and arrays, or a DoRA's, on all layers of SPEC."""
     rng = np.random.default_rng(seed)
     arrays: Arrays = {}
     for layer in range(SPEC.num_layers):
@@ -50,7 +55,9 @@ def lora(
                 stem = f"base_model.model.{module_name(layer, target.name)}"
                 arrays[f"{stem}.lora_A.weight"] = rng.standard_normal((rank, target.in_features), np.float32)
                 arrays[f"{stem}.lora_B.weight"] = rng.standard_normal((target.out_features, rank), np.float32)
-    base = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(target_names)}
+                if use_dora:
+                    arrays[f"{stem}.lora_magnitude_vector"] = rng.standard_normal(target.out_features, np.float32)
+    base = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(target_names), "use_dora": use_dora}
     return base | config, arrays
 
 

@@ -68,7 +68,7 @@ def read(folder: Path) -> Adapter:
 
 
 def assert_same_deltas(model: Any, adapter: Adapter) -> None:
-    """scale * B A of every module is PEFT's own, and both adapt the same modules."""
+    """scale * B A of every module is PEFT's own, and so are a DoRA's magnitudes; both adapt the same modules."""
     assert isinstance(adapter, LoraAdapter)
     linears: dict[str, Any] = dict(model.base_model.model.named_modules())
     adapted = {
@@ -80,6 +80,11 @@ def assert_same_deltas(model: Any, adapter: Adapter) -> None:
     for where, module in adapter.modules.items():
         theirs = adapted[where].get_delta_weight("default").float().detach().numpy()
         np.testing.assert_allclose(module.scale * module.b.float32() @ module.a.float32(), theirs, rtol=1e-5, atol=1e-5)
+        magnitudes = getattr(adapted[where], "lora_magnitude_vector", None)
+        assert (module.magnitude is not None) == bool(magnitudes)
+        if module.magnitude is not None and magnitudes:
+            expected = magnitudes["default"].weight.float().detach().numpy()
+            np.testing.assert_array_equal(module.magnitude.float32(), expected)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,7 @@ def assert_same_deltas(model: Any, adapter: Adapter) -> None:
             "use_rslora": True,
         },
         {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "mica"},
+        {"r": 4, "target_modules": "all-linear", "use_dora": True, "use_rslora": True},
     ],
 )
 def test_lora(config: dict[str, Any], tmp_path: Path) -> None:
@@ -169,7 +175,6 @@ def test_prefix(num_virtual_tokens: int, projection: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA is not supported yet"),
         (lambda: LoraConfig(target_modules=["lm_head", "q_proj"]), "LoRA on lm_head is not supported yet"),
         (lambda: LoraConfig(target_modules=["embed_tokens", "q_proj"]), "LoRA on embed_tokens is not supported yet"),
         (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),

@@ -35,8 +35,41 @@ def test_reads_all_modules() -> None:
         "scales": [8 / 3],
         "target_modules": list(TARGET_NAMES),
         "layers": 3,
+        "use_dora": False,
         "padded_weights": 8 * sum(m.a.shape[1] + m.b.shape[0] for m in adapter.modules.values()),
     }
+
+
+def test_dora() -> None:
+    files = lora(TARGET_NAMES, rank=3, use_dora=True)
+    adapter = parsed(files)
+    for (layer, target), module in adapter.modules.items():
+        assert module.magnitude is not None
+        name = f"base_model.model.{module_name(layer, TARGET_NAMES[target])}.lora_magnitude_vector"
+        np.testing.assert_array_equal(module.magnitude.float32(), files[1][name])
+    details = adapter.details()
+    assert details["use_dora"]
+    assert details["padded_weights"] == sum(8 * m.a.shape[1] + 10 * m.b.shape[0] for m in adapter.modules.values())
+
+
+def test_magnitudes_that_do_not_fit() -> None:
+    config, arrays = lora(use_dora=True)
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    whole = arrays.pop(stem)
+    assert [fault.split(" (")[0] for fault in faults((config, arrays))] == [f"tensor '{stem}' is missing"]
+    arrays[stem] = whole[:-1]
+    assert f"tensor '{stem}'" in faults((config, arrays))[0]
+    assert "the 32 outputs of q_proj" in faults((config, arrays))[0]
+    arrays[stem] = np.full_like(whole, np.inf)
+    assert "NaN or infinite" in faults((config, arrays))[0]
+    arrays[stem] = whole
+    assert faults((config | {"use_dora": False}, arrays)) == [
+        f"tensor '{name}' matches nothing: it belongs to DoRA, which the config does not turn on (use_dora)"
+        for name in sorted(arrays)
+        if "magnitude" in name
+    ]
+    arrays[stem.replace("q_proj", "k_proj")] = whole
+    assert "the config does not target this module" in faults((config, arrays))[0]
 
 
 def test_rslora_scale() -> None:
@@ -116,7 +149,6 @@ def test_rank_limit() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"use_dora": True}, "config field use_dora (true): DoRA is not supported yet"),
         ({"lora_bias": True}, "config field lora_bias (true): a bias on lora_B is not supported yet"),
         ({"bias": "all"}, "config field bias ('all'): trained biases are not supported, only 'none'"),
         ({"fan_in_fan_out": True}, "config field fan_in_fan_out (true): transposed layers (Conv1D) do not exist"),
@@ -190,7 +222,6 @@ def test_accepts_what_changes_nothing(change: dict[str, Any]) -> None:
     [
         (module_name(0, "k_proj") + ".lora_A.weight", "the config does not target this module"),
         ("model.layers.3.self_attn.q_proj.lora_A.weight", f"{BASE} has no module of this name"),
-        (module_name(0, "q_proj") + ".lora_magnitude_vector", "it belongs to DoRA, which is not supported yet"),
         (module_name(0, "q_proj") + ".lora_B.bias", "a bias on lora_B is not supported yet"),
         ("model.embed_tokens.lora_embedding_A", "LoRA on embeddings is not supported yet"),
         ("lm_head.base_layer.weight", "it is a weight of the base model; adapters cannot bring their own"),
@@ -215,13 +246,13 @@ def test_head_and_embedding_targets_are_refused(head: str) -> None:
 
 
 def test_all_faults_at_once() -> None:
-    config, arrays = lora(use_dora=True, surprise=1)
+    config, arrays = lora(use_qalora=True, surprise=1)
     del arrays[A0]
     arrays[B0][0, 0] = np.nan
     arrays["extra"] = np.zeros(3, np.float32)
     found = faults((config, arrays))
     assert [fault.split(" ")[2 if fault.startswith("config") else 1].strip(":'") for fault in found] == [
-        "use_dora",
+        "use_qalora",
         "surprise",
         A0,
         B0,

@@ -276,8 +276,8 @@ def test_bad_uploads_leave_nothing(store: AdapterStore, config: bytes, weights: 
 
 def test_a_bad_upload_leaves_the_old_version(store: AdapterStore) -> None:
     record = push(store, "t", "a", lora())
-    with pytest.raises(InvalidAdapterError, match="DoRA is not supported yet"):
-        push(store, "t", "a", lora(use_dora=True))
+    with pytest.raises(InvalidAdapterError, match="QA-LoRA is not supported yet"):
+        push(store, "t", "a", lora(use_qalora=True))
     assert store.get("t", "a") == record
 
 

@@ -154,7 +154,7 @@ async def test_pinned_adapters_come_back(world: World) -> None:
 
 
 async def test_faults_of_an_adapter_come_all_at_once(client: httpx.AsyncClient, world: World) -> None:
-    config, arrays = files.lora(use_dora=True)
+    config, arrays = files.lora(use_qalora=True)
     arrays.pop(next(iter(arrays)))
     response = await put(client, "mine", (config, arrays))
     assert response.status_code == 422

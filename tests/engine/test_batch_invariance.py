@@ -71,11 +71,12 @@ class Fleet:
         core.adapters.close()
 
     def _publish(self) -> list[AdapterRef]:
-        """Two LoRAs, two prefixes and two bottlenecks in the store."""
+        """Two LoRAs, a DoRA, two prefixes and two bottlenecks in the store."""
         base = oracle.load_base(self.checkpoint)
         folders = [
             oracle.save_lora(base, self.data_dir / "lora-3", rank=3, targets="attention", seed=1),
             oracle.save_lora(base, self.data_dir / "lora-16", rank=16, targets="all", seed=2),
+            oracle.save_lora(base, self.data_dir / "dora-9", rank=9, targets="all", seed=3, dora=True),
         ]
         for length in (5, 21):
             base = oracle.load_base(self.checkpoint)

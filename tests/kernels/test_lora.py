@@ -130,17 +130,19 @@ def test_float32_arena_under_a_bf16_model() -> None:
 
 
 def test_a_row_scale_makes_a_dora() -> None:
-    """Against the definition: W + scale B A with its rows brought to the lengths m, for one of two modules."""
+    """Against the definition: W + scale B A with its rows brought to the lengths m, for one of two modules, and a bias
+    that stays as it is."""
     bank = make_bank([[8, 3, 0]])
-    base, m = torch.randn(sum(OUTS), IN), torch.rand(OUTS[0]) + 0.5
+    base, bias, m = torch.randn(sum(OUTS), IN), torch.randn(sum(OUTS)), torch.rand(OUTS[0]) + 0.5
     updated = base + bank.merged(0, 1)
-    arena = torch.cat([bank.weights.arena, m / updated[: OUTS[0]].norm(dim=1) - 1])
+    excess = m / updated[: OUTS[0]].norm(dim=1) - 1
+    arena = torch.cat([bank.weights.arena, excess, -excess * bias[: OUTS[0]]])
     weights = replace(bank.weights, arena=arena)
     weights.row_scale[0, 1, 0] = len(bank.weights.arena)
     updated[: OUTS[0]] *= (m / updated[: OUTS[0]].norm(dim=1))[:, None]
     x = torch.randn(7, IN)
-    y = x @ base.t()
-    oracle = torch.cat([y[:2], x[2:] @ updated.t()])
+    y = x @ base.t() + bias
+    oracle = torch.cat([y[:2], x[2:] @ updated.t() + bias])
     lora_add(y, x, Segments.build([2, 7], [0]), weights, 1, SLICES)
     assert_close(y, oracle, rtol=1e-4, atol=1e-3)
 
@@ -148,7 +150,8 @@ def test_a_row_scale_makes_a_dora() -> None:
 def test_a_row_scale_near_one_survives_16_bits() -> None:
     """g itself would be rounded to 1 in bfloat16."""
     bank = make_bank([[1, 1, 1]], torch.bfloat16)
-    weights = replace(bank.weights, arena=torch.cat([bank.weights.arena, torch.full((OUTS[0],), 1e-3).bfloat16()]))
+    stored = torch.cat([torch.full((OUTS[0],), 1e-3), torch.zeros(OUTS[0])]).bfloat16()
+    weights = replace(bank.weights, arena=torch.cat([bank.weights.arena, stored]))
     x, y = torch.zeros(1, IN), torch.ones(1, sum(OUTS))
     weights.row_scale[0, 0, 0] = len(bank.weights.arena)
     lora_add(y, x, Segments.build([0, 1], [0]), weights, 0, SLICES[:1])

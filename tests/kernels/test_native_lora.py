@@ -63,6 +63,8 @@ def make_weights(
                     offset = free.pop()
                     weights.row_scale[at] = offset
                     weights.arena[offset : offset + features[1]] = (torch.rand(features[1]) - 0.5).to(dtype)
+                    shift = slice(offset + features[1], offset + 2 * features[1])
+                    weights.arena[shift] = torch.randn(features[1]).to(dtype)
     return weights
 
 
@@ -141,7 +143,7 @@ def test_a_row_scale_of_one_is_none(dtype: torch.dtype) -> None:
     x, y = torch.randn(5, 40).to(dtype), torch.randn(5, 41).to(dtype)
     plain = y.clone()
     lora_add(plain, x, segments, weights, 0, slices)
-    unit = replace(weights, arena=torch.cat([weights.arena, torch.zeros(33, dtype=dtype)]))
+    unit = replace(weights, arena=torch.cat([weights.arena, torch.zeros(2 * 33, dtype=dtype)]))
     unit.row_scale.fill_(len(weights.arena))
     lora_add(y, x, segments, unit, 0, slices)
     assert same_bits(y, plain)

@@ -97,6 +97,7 @@ class Driver:
     ) -> None:
         self.spec = read_spec(folder)
         self.kv = KvCache(self.spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=_CPU)
+        weights = load_weights(folder, self.spec, dtype, _CPU)
         self.memory = DeviceAdapterMemory(
             self.spec,
             self.kv,
@@ -104,9 +105,9 @@ class Driver:
             arena_bytes=arena_bytes,
             num_slots=num_slots,
             max_rank=max_rank,
+            base=weights,
         )
         self._store = AdapterStore(store, self.spec, max_rank=max_rank) if store else None
-        weights = load_weights(folder, self.spec, dtype, _CPU)
         self.runner = Runner(
             weights,
             self.spec,

@@ -48,17 +48,35 @@ def with_adapter(base: Any, folder: Path | None) -> Iterator[Any]:
 
 
 def save_lora(
-    base: Any, folder: Path, *, rank: int, targets: str, seed: int, gain: float = 0.2, rslora: bool = False
+    base: Any,
+    folder: Path,
+    *,
+    rank: int,
+    targets: str,
+    seed: int,
+    gain: float = 0.2,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> Path:
-    """A LoRA as PEFT saves it: for an input of unit scale its update is of scale 2 `gain` (with alpha = 2 r)."""
+    """A LoRA as PEFT saves it: for an input of unit scale its update is of scale 2 `gain` (with alpha = 2 r).
+
+    As a DoRA with magnitudes that differ from the norms of the base's rows by a tenth or so.
+    """
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=TARGET_SETS[targets], use_rslora=rslora, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=TARGET_SETS[targets],
+        use_rslora=rslora,
+        use_dora=dora,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 scale = parameter.shape[1] ** -0.5 * (1.0 if "lora_A" in name else gain)
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     model.save_pretrained(folder)

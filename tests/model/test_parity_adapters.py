@@ -61,6 +61,13 @@ def test_lora(rank: int, targets: str, driver: Driver, base: Any, tmp_path: Path
     check(driver, base, oracle.save_lora(base, tmp_path / "lora", rank=rank, targets=targets, seed=rank), seed=rank)
 
 
+@pytest.mark.parametrize("targets", oracle.TARGET_SETS)
+@pytest.mark.parametrize(("rank", "rslora"), [(1, False), (8, True), (13, False)])
+def test_dora(rank: int, rslora: bool, targets: str, driver: Driver, base: Any, tmp_path: Path) -> None:
+    folder = oracle.save_lora(base, tmp_path / "dora", rank=rank, targets=targets, seed=rank, rslora=rslora, dora=True)
+    check(driver, base, folder, seed=rank)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 8, 20, 100])
 def test_prefix(num_tokens: int, driver: Driver, base: Any, tmp_path: Path) -> None:
     check(driver, base, oracle.save_prefix(base, tmp_path / "prefix", num_tokens=num_tokens, seed=1), seed=num_tokens)
@@ -72,6 +79,7 @@ def test_adapters_on_other_families(variant: str, tmp_path: Path) -> None:
     base = oracle.load_base(folder)
     driver = Driver(folder, page_size=4, store=tmp_path / "store")
     check(driver, base, oracle.save_lora(base, tmp_path / "lora", rank=5, targets="all", seed=1, rslora=True), seed=1)
+    check(driver, base, oracle.save_lora(base, tmp_path / "dora", rank=5, targets="all", seed=1, dora=True), seed=1)
     check(driver, base, oracle.save_prefix(base, tmp_path / "prefix", num_tokens=6, seed=2), seed=2)
     driver.close()
 
@@ -81,6 +89,7 @@ def test_every_kind_in_one_batch_equals_each_alone(driver: Driver, base: Any, fo
         oracle.save_lora(base, tmp_path / f"lora-{rank}", rank=rank, targets=targets, seed=rank)
         for rank, targets in ((1, "qv"), (4, "all"), (16, "attention"), (64, "all"))
     ]
+    folders.append(oracle.save_lora(base, tmp_path / "dora", rank=6, targets="all", seed=6, dora=True))
     folders += [
         oracle.save_prefix(base, tmp_path / f"prefix-{tokens}", num_tokens=tokens, seed=tokens)
         for tokens in (1, 20, 100)
@@ -101,7 +110,7 @@ def test_every_kind_in_one_batch_equals_each_alone(driver: Driver, base: Any, fo
         ]
 
     together, alone = jobs(), jobs()
-    assert len(together) == 22
+    assert len(together) == 24
     driver.run(*together)
     for mixed, single in zip(together, alone, strict=True):
         driver.run(single)
@@ -110,7 +119,7 @@ def test_every_kind_in_one_batch_equals_each_alone(driver: Driver, base: Any, fo
             assert a.logprobs is not None
             assert b.logprobs is not None
             assert dict(a.logprobs.top[:5]) == pytest.approx(dict(b.logprobs.top[:5]), abs=1e-4)
-    for index, adapter_folder in enumerate(folders[:7], start=1):
+    for index, adapter_folder in enumerate(folders[:8], start=1):
         with oracle.with_adapter(base, adapter_folder) as model:
             job = together[2 * index]
             assert_parity(job.sampled, oracle.judge(model, job.prompt, job.token_ids))

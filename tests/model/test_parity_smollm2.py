@@ -72,6 +72,7 @@ def adapters(base: Any, texts: list[list[int]], tmp_path_factory: pytest.TempPat
         oracle.save_lora(base, root / f"lora-{rank}-{targets}", rank=rank, targets=targets, seed=rank, gain=0.05)
         for rank, targets in LORAS
     ]
+    peft.append(oracle.save_lora(base, root / "dora", rank=8, targets="all", seed=9, gain=0.05, dora=True))
     context = [token for text in texts for token in text]
     peft += [oracle.save_prefix(base, root / f"prefix-{n}", num_tokens=n, seed=n, like=context) for n in PREFIXES]
     for kind in BOTTLENECKS:
@@ -105,7 +106,7 @@ def test_float32_all_kinds_in_one_batch(driver: Driver, base: Any, adapters: Ada
         Job(texts[i % 3][: 9 + 3 * i], NUM_TOKENS, adapter=adapter, chunks=(4 + i, 1, 7))
         for i, adapter in enumerate(placed)
     ]
-    assert len(jobs) == 12
+    assert len(jobs) == 13
     driver.run(*jobs)
     for folder, job in zip(folders, jobs, strict=True):
         if folder in adapters.bottleneck:

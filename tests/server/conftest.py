@@ -48,6 +48,7 @@ def adapter_folders(base_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         f"lora-r{rank}": oracle.save_lora(base, root / f"lora-r{rank}", rank=rank, targets=targets, seed=rank)
         for rank, targets in ((1, "qv"), (4, "attention"), (8, "all"), (16, "qv"), (64, "all"))
     }
+    folders["dora"] = oracle.save_lora(base, root / "dora", rank=8, targets="all", seed=9, dora=True)
     for length in (1, 20, 100):
         base = oracle.load_base(base_folder)
         folder = root / f"prefix-{length}"
@@ -74,7 +75,7 @@ def cases(base_folder: Path, adapter_folders: dict[str, Path]) -> list[Case]:
     ]
     prompts = sorted({tuple(case.prompt) for case in found}, key=len)
     for name, folder in adapter_folders.items():
-        if name.startswith(("lora", "prefix")):
+        if name.startswith(("lora", "dora", "prefix")):
             with oracle.with_adapter(oracle.load_base(base_folder), folder) as model:
                 for prompt in prompts:
                     found.append(Case(name, list(prompt), _greedy(oracle, model, list(prompt))))

@@ -80,7 +80,7 @@ def not_a_number(config: dict[str, Any], arrays: Arrays) -> None:
 
 
 def unsupported_field(config: dict[str, Any], arrays: Arrays) -> None:
-    config["use_dora"] = True
+    config["use_qalora"] = True
 
 
 def unknown_field(config: dict[str, Any], arrays: Arrays) -> None:
@@ -93,7 +93,7 @@ def unknown_field(config: dict[str, Any], arrays: Arrays) -> None:
         (wrong_shape, ["layers.1.self_attn.q_proj.lora_A", "[4, 63]", "[4, 64]"]),
         (missing_tensor, ["layers.2.self_attn.v_proj.lora_B", "missing"]),
         (not_a_number, ["NaN"]),
-        (unsupported_field, ["use_dora"]),
+        (unsupported_field, ["use_qalora"]),
         (unknown_field, ["lora_magic"]),
     ],
 )
@@ -118,7 +118,7 @@ def test_all_faults_come_at_once(server: ServerProcess, adapter_folders: dict[st
     for mutate in (wrong_shape, missing_tensor, unsupported_field, unknown_field):
         mutate(config, arrays)
     answer = upload(server, json.dumps(config).encode(), save(arrays))
-    check(answer, 422, "lora_A", "lora_B", "use_dora", "lora_magic")
+    check(answer, 422, "lora_A", "lora_B", "use_qalora", "lora_magic")
     assert len(answer.json()["error"]["faults"]) >= 4
 
 

@@ -136,9 +136,10 @@ def _expand_into(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """Columns begin .. begin + COLUMNS of a slice: y = g (y + scale t B), or without g where row_scale is negative.
+    """Columns begin .. begin + COLUMNS of a slice: y = g (y + scale t B) + c, or without g and c where row_scale is
+    negative.
 
-    The arena holds g - 1.
+    The arena holds g - 1, and then c.
     """
     tokens = first + tl.arange(0, TOKENS)
     rows = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + offset
@@ -151,9 +152,10 @@ def _expand_into(  # type: ignore[no-untyped-def]
         # asked for first, so that it arrives while the product is made
         y = tl.load(rows + columns[None, :], mask=is_here)
         excess = tl.load(excess_ptr + columns, mask=columns < scaled, other=0.0).to(tl.float32)
+        shift = tl.load(excess_ptr + width + columns, mask=columns < scaled, other=0.0).to(tl.float32)
         delta = expand(inner_ptr, splits, arena_ptr, page_ptr, rank, columns, width, RANK_ROOM, BLOCK_N, TF32)
         y = y.to(tl.float32) + scale * delta
-        y += excess[None, :] * y
+        y += excess[None, :] * y + shift[None, :]
         tl.store(rows + columns[None, :], rounded(y, y_ptr.dtype.element_ty), mask=is_here)
 
 

@@ -52,6 +52,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         arena_bytes=plan.adapter_device_bytes,
         num_slots=config.max_device_adapters,
         max_rank=config.max_adapter_rank,
+        base=weights,
     )
     kv = KvPageManager(num_pages, config.page_size, prefix_caching=config.prefix_caching)
     adapters = AdapterCache(

@@ -17,6 +17,7 @@ from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter
 from peftserve.engine.adapter_memory import HostAdapter, Placement
 from peftserve.errors import AdapterLoadError, InternalError, PeftserveError
 from peftserve.model.arena import Arena, Extent
+from peftserve.model.dora import RowScales
 from peftserve.model.kv import KvCache
 from peftserve.model.packing import (
     PackedPrefix,
@@ -27,6 +28,7 @@ from peftserve.model.packing import (
 )
 from peftserve.model.spec import TARGET_NAMES, ModelSpec
 from peftserve.model.uploads import Put, Uploads
+from peftserve.model.weights import ModelWeights
 from peftserve.types import AdapterKind, AdapterRef
 from peftserve_kernels.bottleneck import BottleneckWeights
 from peftserve_kernels.lora import LoraWeights
@@ -64,12 +66,20 @@ class DeviceAdapterMemory:
     """Adapters in `kv.dtype`, on the KV cache's device, for a model of `spec`.
 
     `arena_bytes` bounds LoRA and bottleneck weights together, `num_slots` how many of each kind lie on the device at
-    once, `max_rank` a LoRA's rank and a bottleneck's width. `root` is the folder that `adapters.blobs` reads.
-    `lora` and `bottleneck` are what the kernels read; their tensors never move.
+    once, `max_rank` a LoRA's rank and a bottleneck's width. `root` is the folder that `adapters.blobs` reads. A DoRA
+    takes the weights of the `base`. `lora` and `bottleneck` are what the kernels read; their tensors never move.
     """
 
     def __init__(
-        self, spec: ModelSpec, kv: KvCache, *, root: Path, arena_bytes: int, num_slots: int, max_rank: int
+        self,
+        spec: ModelSpec,
+        kv: KvCache,
+        *,
+        root: Path,
+        arena_bytes: int,
+        num_slots: int,
+        max_rank: int,
+        base: ModelWeights | None = None,
     ) -> None:
         self._spec = spec
         self._kv = kv
@@ -77,6 +87,7 @@ class DeviceAdapterMemory:
         self._dtype = kv.dtype
         self._device = kv.k.device
         self._max_rank = max_rank
+        self._row_scales = RowScales(base, spec) if base is not None else None
         self._arena = Arena(arena_bytes // kv.dtype.itemsize)
         self._slots = {AdapterKind.LORA: _Slots(num_slots), AdapterKind.BOTTLENECK: _Slots(num_slots)}
         self._uploads = Uploads(self._device)
@@ -196,7 +207,9 @@ class DeviceAdapterMemory:
         if adapter.kind is not ref.kind:
             raise AdapterLoadError(f"its files hold a {adapter.kind} adapter, not {ref.kind}")
         if isinstance(adapter, LoraAdapter):
-            return pack_lora(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
+            return pack_lora(
+                adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank, row_scales=self._row_scales
+            )
         if isinstance(adapter, BottleneckAdapter):
             return pack_bottleneck(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
         return pack_prefix(adapter, dtype=self._dtype, page_size=self._kv.page_size)

@@ -6,7 +6,7 @@ tables count from the adapter's own first element. Prefix K and V become KV page
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,9 @@ import torch
 
 from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter, PrefixAdapter
 from peftserve.adapters.safetensors import TensorView
-from peftserve.errors import AdapterLoadError
+from peftserve.errors import AdapterLoadError, InternalError
 from peftserve.model.arena import align
+from peftserve.model.dora import RowScales
 from peftserve.model.spec import TARGET_NAMES, ModelSpec
 from peftserve_kernels.activation import Activation
 from peftserve_kernels.bottleneck import NUM_SITES, BottleneckInput
@@ -64,13 +65,22 @@ class PackedPrefix:
         return replace(self, k=self.k.new_empty(0), v=self.v.new_empty(0))
 
 
+class _Stored(Protocol):
+    """A tensor of the file, or one that is computed of several when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def float32(self) -> Floats: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A matrix [r, n], [n, r] in the file if `turned`: blocks of `block_rows` rows from element `start` on."""
 
     start: int
     block_rows: int
-    stored: TensorView
+    stored: _Stored
     turned: bool
 
     def rows(self) -> Floats:
@@ -93,7 +103,7 @@ class _Packer:
         rows, columns = reversed(stored.shape) if turned else stored.shape
         return self._add(stored, turned, RANK_PAGE_ROWS, rows, columns)
 
-    def vector(self, stored: TensorView) -> int:
+    def vector(self, stored: _Stored) -> int:
         """Add [n] as a block of its own; returns its offset."""
         return self._add(stored, False, 1, 1, *stored.shape)[0]
 
@@ -111,7 +121,7 @@ class _Packer:
         _require_finite(data)
         return PackedWeights(data, tuple(self._ends), _tensors(values), _tensors(offsets))
 
-    def _add(self, stored: TensorView, turned: bool, block_rows: int, rows: int, columns: int) -> list[int]:
+    def _add(self, stored: _Stored, turned: bool, block_rows: int, rows: int, columns: int) -> list[int]:
         start = self._ends[-1] if self._ends else 0
         stride = align(block_rows * columns)
         offsets = [start + index * stride for index in range(-(-rows // block_rows))]
@@ -120,8 +130,10 @@ class _Packer:
         return offsets
 
 
-def pack_lora(adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_rank: int) -> PackedWeights:
-    """A pages hold rows of A [r, in]; B pages hold rows of B^T [r, out]."""
+def pack_lora(
+    adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_rank: int, row_scales: RowScales | None
+) -> PackedWeights:
+    """A pages hold rows of A [r, in]; B pages hold rows of B^T [r, out]. A DoRA needs `row_scales`."""
     packer = _Packer()
     shape = (spec.num_layers, len(TARGET_NAMES))
     rank, scale = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
@@ -132,6 +144,10 @@ def pack_lora(adapter: LoraAdapter, spec: ModelSpec, *, dtype: torch.dtype, max_
         used = rank_pages(module.rank)
         a_page[where][:used] = packer.pages(module.a)
         b_page[where][:used] = packer.pages(module.b, turned=True)
+        if module.magnitude is not None:
+            if row_scales is None:
+                raise InternalError("a DoRA was to be loaded without the base's weights")
+            row_scale[where] = packer.vector(row_scales.of(*where, module, module.magnitude))
     return packer.finish(
         dtype,
         values={"rank": rank, "scale": scale},

@@ -1,7 +1,8 @@
-"""LoRA as PEFT saves it: y = W x + s B (A x), s = alpha / r, or alpha / sqrt(r) with `use_rslora`.
+"""LoRA as PEFT saves it: y = W x + s B (A x), s = alpha / r, or alpha / sqrt(r) with `use_rslora`; and DoRA.
 
 Fields after `LoraConfig` of PEFT 0.21 (`tuners/lora/config.py`), files after `save_pretrained`: per targeted module
-`base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r].
+`base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], with `use_dora` also
+`.lora_magnitude_vector` [out].
 """
 
 import math
@@ -25,7 +26,7 @@ HONOURED = frozenset(
     {
         "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
         "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
-        "use_rslora",
+        "use_dora", "use_rslora",
     }
 )  # fmt: skip
 """Fields that are read here."""
@@ -56,7 +57,6 @@ REFUSED = {
     "target_parameters": f"LoRA on bare parameters is {_NOT_YET}",
     "trainable_token_indices": f"trained token embeddings are {_NOT_YET}",
     "use_bdlora": f"block-diagonal LoRA is {_NOT_YET}",
-    "use_dora": f"DoRA is {_NOT_YET}",
     "use_qalora": f"QA-LoRA is {_NOT_YET}",
     "velora_config": f"VeLoRA is {_NOT_YET}",
 }
@@ -66,7 +66,6 @@ _INITS_THAT_KEEP_THE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _INITS_THAT_CHANGE_THE_BASE = re.compile(r"pissa|pissa_niter_\d+|olora|corda|loftq|lora_ga")
 
 _UNSUPPORTED_TENSORS = (
-    (".lora_magnitude_vector", f"it belongs to DoRA, which is {_NOT_YET}"),
     (".lora_embedding_", f"LoRA on embeddings is {_NOT_YET}"),
     (".base_layer.", "it is a weight of the base model; adapters cannot bring their own"),
     (".lora_B.bias", f"a bias on lora_B is {_NOT_YET}"),
@@ -103,8 +102,9 @@ def parse(config: Mapping[str, Any], tensors: Mapping[str, TensorView], spec: Mo
     _check_switches(config, faults)
     scaling = _read_scaling(config, spec, faults)
     table = TensorTable(tensors, faults)
-    modules = _read_modules(config, table, scaling, spec, max_rank, faults)
-    table.refuse_rest(lambda name: _explain(name, spec))
+    dora = fields.flag(config, "use_dora", faults)
+    modules = _read_modules(config, table, scaling, spec, max_rank, faults, dora=dora)
+    table.refuse_rest(lambda name: _explain(name, spec, dora=dora))
     if faults:
         raise faults.error()
     return LoraAdapter(modules)
@@ -147,6 +147,8 @@ def _read_modules(
     spec: ModelSpec,
     max_rank: int,
     faults: FaultList,
+    *,
+    dora: bool,
 ) -> dict[tuple[int, int], LoraModule]:
     """The modules that are sound; `faults` has what is wrong with the others."""
     names = module_names(spec)
@@ -167,23 +169,32 @@ def _read_modules(
             (target.out_features, rank),
             f"the {target.out_features} outputs of {target.name} in {base} by rank {rank}",
         )
+        magnitude = None
+        if dora:
+            magnitude = table.take(
+                f"{_PREFIX}{name}.lora_magnitude_vector",
+                (target.out_features,),
+                f"the {target.out_features} outputs of {target.name} in {base}",
+            )
         if scaled and scaled[0] > max_rank:
             too_large.setdefault(scaled[0], name)
         if scaled and a and b:
-            modules[layer, target.index] = LoraModule(rank=scaled[0], scale=scaled[1], a=a, b=b)
+            modules[layer, target.index] = LoraModule(rank=scaled[0], scale=scaled[1], a=a, b=b, magnitude=magnitude)
     for rank, name in too_large.items():
         faults.add(f"rank {rank} (at {name}) is above this server's limit of {max_rank} (max_adapter_rank)")
     return modules
 
 
-def _explain(name: str, spec: ModelSpec) -> str:
+def _explain(name: str, spec: ModelSpec, *, dora: bool) -> str:
     """What a tensor that no target accounts for may be."""
     for part, text in _UNSUPPORTED_TENSORS:
         if part in name:
             return text
-    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
+    match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)", name)
     if match is None:
         return "a LoRA file holds base_model.model.<module>.lora_A.weight and .lora_B.weight only"
+    if match[2] == "lora_magnitude_vector" and not dora:
+        return "it belongs to DoRA, which the config does not turn on (use_dora)"
     if match[1] in module_names(spec):
         return "the config does not target this module (target_modules, exclude_modules, layers_to_transform)"
     return f"{fields.describe(spec)} has no module of this name"

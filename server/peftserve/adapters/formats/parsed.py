@@ -17,12 +17,23 @@ _PAGE_ROWS = 8  # as `peftserve_kernels.rank_pages`, which needs torch; a test c
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """y += scale * B (A x). `a` [rank, in_features], `b` [out_features, rank]."""
+    """y += scale * B (A x). `a` [rank, in_features], `b` [out_features, rank].
+
+    With a `magnitude` m [out_features] a DoRA: then each row of W + scale * B A, W the base's weight, is scaled to the
+    norm m. (Liu et al. 2024, arXiv:2402.09353; PEFT's m may have any sign.)
+    """
 
     rank: int
     scale: float
     a: TensorView
     b: TensorView
+    magnitude: TensorView | None = None
+
+    @property
+    def padded_weights(self) -> int:
+        """As they lie on the device."""
+        row_scales = 0 if self.magnitude is None else 2 * self.magnitude.shape[0]
+        return _padded(self.rank) * (self.a.shape[1] + self.b.shape[0]) + row_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +57,8 @@ class LoraAdapter:
             "scales": sorted({module.scale for module in self.modules.values()})[:16],
             "target_modules": [name for index, name in enumerate(TARGET_NAMES) if index in used],
             "layers": len({layer for layer, _ in self.modules}),
-            "padded_weights": sum(
-                _padded(module.rank) * (module.a.shape[1] + module.b.shape[0]) for module in self.modules.values()
-            ),
+            "use_dora": any(module.magnitude is not None for module in self.modules.values()),
+            "padded_weights": sum(module.padded_weights for module in self.modules.values()),
         }
 
 
