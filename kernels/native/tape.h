@@ -169,7 +169,7 @@ class Tape {
     };
   }
 
-  static inline Tape* recording = nullptr;
+  static inline thread_local Tape* recording = nullptr;  // other threads' calls are made meanwhile
 
  private:
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);

@@ -75,6 +75,19 @@ def prefix(num_virtual_tokens: int = 5, *, seed: int = 0, **config: Any) -> tupl
     return base | config, {"prompt_embeddings": rng.standard_normal((num_virtual_tokens, width), np.float32)}
 
 
+def prompt(num_virtual_tokens: int = 5, *, seed: int = 0, **config: Any) -> tuple[dict[str, Any], Arrays]:
+    """A prompt's config and arrays."""
+    rng = np.random.default_rng(seed)
+    base = {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": num_virtual_tokens,
+        "num_layers": SPEC.num_layers,
+        "num_attention_heads": SPEC.num_heads,
+        "token_dim": SPEC.hidden_size,
+    }
+    return base | config, {"prompt_embeddings": rng.standard_normal((num_virtual_tokens, SPEC.hidden_size), np.float32)}
+
+
 def bottleneck(*, width: int = 8, seed: int = 0, **config: Any) -> tuple[dict[str, Any], Arrays]:
     """A Houlsby adapter's config and arrays; `config` changes the inner config only."""
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from peft import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftserve.adapters import manifest, safetensors
-from peftserve.adapters.formats import Adapter, LoraAdapter, PrefixAdapter, parse
+from peftserve.adapters.formats import Adapter, LoraAdapter, PrefixAdapter, PromptAdapter, parse
 from peftserve.adapters.formats.lora_targets import module_names
 from peftserve.errors import InvalidAdapterError
 from peftserve.model.spec import TARGET_NAMES
@@ -173,14 +173,28 @@ def test_prefix(num_virtual_tokens: int, projection: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=24, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=1, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM"),
+    ],
+)
+def test_prompt(config: PeftConfig, tmp_path: Path) -> None:
+    model = save(config, tmp_path)
+    adapter = read(tmp_path)
+    assert isinstance(adapter, PromptAdapter)
+    expected = model.eval().get_prompt(batch_size=1)[0].detach().numpy()
+    np.testing.assert_allclose(adapter.embeddings.float32(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: LoraConfig(target_modules=["lm_head", "q_proj"]), "LoRA on lm_head is not supported yet"),
         (lambda: LoraConfig(target_modules=["embed_tokens", "q_proj"]), "LoRA on embed_tokens is not supported yet"),
         (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
         (lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable_token_indices"),
-        (lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PROMPT_TUNING is not supported yet"),
-        (lambda: PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "P_TUNING is not supported yet"),
         (lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3 is not supported yet"),
     ],
 )

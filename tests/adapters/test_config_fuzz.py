@@ -12,8 +12,9 @@ from peftserve.adapters import manifest, safetensors
 from peftserve.adapters.formats import bottleneck_config, parse
 from peftserve.adapters.formats import lora as lora_format
 from peftserve.adapters.formats import prefix as prefix_format
+from peftserve.adapters.formats import prompt as prompt_format
 from peftserve.errors import InvalidAdapterError
-from tests.adapters.files import MAX_RANK, SPEC, bottleneck, lora, prefix
+from tests.adapters.files import MAX_RANK, SPEC, bottleneck, lora, prefix, prompt
 
 _leaves = st.one_of(
     st.none(),
@@ -35,7 +36,13 @@ def changes(*formats: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(fields) | st.text(max_size=8), _values, max_size=4)
 
 
-KINDS = {"lora": lora(), "prefix": prefix(), "bottleneck": bottleneck()}
+KINDS = {
+    "lora": lora(),
+    "dora": lora(use_dora=True),
+    "prefix": prefix(),
+    "prompt": prompt(),
+    "bottleneck": bottleneck(),
+}
 TENSORS = {kind: safetensors.read(save(arrays)) for kind, (_, arrays) in KINDS.items()}
 
 
@@ -55,15 +62,21 @@ def parsed_or_refused(kind: str, config: dict[str, Any]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(changes(lora_format))
-def test_lora(change: dict[str, Any]) -> None:
-    parsed_or_refused("lora", KINDS["lora"][0] | change)
+@given(changes(lora_format), st.sampled_from(["lora", "dora"]))
+def test_lora(change: dict[str, Any], kind: str) -> None:
+    parsed_or_refused(kind, KINDS[kind][0] | change)
 
 
 @settings(max_examples=150, deadline=None)
 @given(changes(prefix_format))
 def test_prefix(change: dict[str, Any]) -> None:
     parsed_or_refused("prefix", KINDS["prefix"][0] | change)
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes(prompt_format))
+def test_prompt(change: dict[str, Any]) -> None:
+    parsed_or_refused("prompt", KINDS["prompt"][0] | change)
 
 
 @settings(max_examples=300, deadline=None)

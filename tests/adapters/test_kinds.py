@@ -12,6 +12,8 @@ from peftserve.types import AdapterKind
     [
         ({"peft_type": "LORA"}, AdapterKind.LORA),
         ({"peft_type": "PREFIX_TUNING"}, AdapterKind.PREFIX),
+        ({"peft_type": "PROMPT_TUNING"}, AdapterKind.PREFIX),
+        ({"peft_type": "P_TUNING"}, AdapterKind.PREFIX),
         ({"config": {"mh_adapter": True}}, AdapterKind.BOTTLENECK),
         ({"config": {"architecture": None}}, AdapterKind.BOTTLENECK),
     ],
@@ -23,9 +25,7 @@ def test_detects(config: dict[str, Any], kind: AdapterKind) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "config field peft_type: PROMPT_TUNING is not supported yet; served are LoRA"),
-        ({"peft_type": "P_TUNING"}, "config field peft_type: P_TUNING is not supported yet"),
-        ({"peft_type": "IA3"}, "config field peft_type: IA3 is not supported yet"),
+        ({"peft_type": "IA3"}, "config field peft_type: IA3 is not supported yet; served are LoRA"),
         ({"peft_type": "lora"}, "config field peft_type: 'lora' is no method known here"),
         ({"peft_type": ["LORA"]}, 'config field peft_type: ["LORA"] is no method known here'),
         ({"peft_type": None}, "config field peft_type: null is no method known here"),
@@ -47,6 +47,6 @@ def test_every_method_of_peft_is_known_by_name() -> None:
     from peft import PeftType
 
     for method in PeftType:
-        if method not in (PeftType.LORA, PeftType.PREFIX_TUNING):
+        if method not in (PeftType.LORA, PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING):
             with pytest.raises(InvalidAdapterError, match="not supported yet"):
                 detect_kind({"peft_type": method.value})

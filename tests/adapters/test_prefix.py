@@ -22,7 +22,12 @@ def test_key_and_value_are_paired_per_layer() -> None:
         np.testing.assert_array_equal(adapter.key[layer, head, token], stored[token, begin : begin + 8])
         begin += SPEC.kv_size
         np.testing.assert_array_equal(adapter.value[layer, head, token], stored[token, begin : begin + 8])
-    assert adapter.details() == {"source_format": "peft", "num_virtual_tokens": 5, "layers": 3}
+    assert adapter.details() == {
+        "source_format": "peft",
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": 5,
+        "layers": 3,
+    }
 
 
 @pytest.mark.parametrize(

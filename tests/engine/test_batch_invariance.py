@@ -71,7 +71,7 @@ class Fleet:
         core.adapters.close()
 
     def _publish(self) -> list[AdapterRef]:
-        """Two LoRAs, a DoRA, two prefixes and two bottlenecks in the store."""
+        """Two LoRAs, a DoRA, two prefixes, a prompt and two bottlenecks in the store."""
         base = oracle.load_base(self.checkpoint)
         folders = [
             oracle.save_lora(base, self.data_dir / "lora-3", rank=3, targets="attention", seed=1),
@@ -81,6 +81,8 @@ class Fleet:
         for length in (5, 21):
             base = oracle.load_base(self.checkpoint)
             folders.append(oracle.save_prefix(base, self.data_dir / f"prefix-{length}", num_tokens=length, seed=length))
+        base = oracle.load_base(self.checkpoint)
+        folders.append(oracle.save_prompt(base, self.data_dir / "prompt", num_tokens=7, seed=5))
         spec = read_spec(self.checkpoint)
         for kind in ("pfeiffer", "houlsby"):
             folder = self.data_dir / kind

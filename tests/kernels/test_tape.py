@@ -1,6 +1,7 @@
 """Recorded native calls: the same results from new inputs, on memory that is reused but never under a live tensor."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,6 +113,19 @@ def test_each_planned_op_has_a_plan_of_its_own() -> None:
         tape.replay(starts[-1], sequences=4)
         expected = updates(x[: starts[-1]], Segments.build(starts, slots))
         torch.testing.assert_close(y[: starts[-1]], expected, rtol=0, atol=0)
+
+
+def test_other_threads_compute_while_one_records() -> None:
+    """As loaders do, while the first step with a kind of adapter is recorded."""
+    x = torch.randn(5, 64)
+    expected = layers(x)
+    tape = Tape(TapeMemory())
+    with ThreadPoolExecutor(1) as pool, tape.recording():
+        layers(x, 1)
+        computed = pool.submit(layers, x).result()
+    assert len(tape) == 2
+    assert torch.equal(computed, expected)
+    assert torch.equal(layers(x), expected)
 
 
 def test_a_plan_is_made_anew_where_a_layer_or_a_step_has_other_ranks() -> None:

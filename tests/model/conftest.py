@@ -32,8 +32,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def every_kind(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Adapters for it: a LoRA on attention, one of three rank pages on everything, a DoRA, a prefix, a Houlsby
-    bottleneck."""
+    """Adapters for it: a LoRA on attention, one of three rank pages on everything, a DoRA, a prefix, a prompt, and a
+    Houlsby bottleneck."""
     from tests.model import oracle
 
     base: Any = oracle.load_base(base_folder)
@@ -47,5 +47,6 @@ def every_kind(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
         oracle.save_lora(base, root / "lora-17", rank=17, targets="all", seed=2),
         oracle.save_lora(base, root / "dora-5", rank=5, targets="all", seed=3, dora=True),
         oracle.save_prefix(base, root / "prefix", num_tokens=6, seed=2),
+        oracle.save_prompt(base, root / "prompt", num_tokens=7, seed=4),
         root / "houlsby",
     ]

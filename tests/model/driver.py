@@ -106,6 +106,7 @@ class Driver:
             num_slots=num_slots,
             max_rank=max_rank,
             base=weights,
+            int8_activations=int8_activations,
         )
         self._store = AdapterStore(store, self.spec, max_rank=max_rank) if store else None
         self.runner = Runner(

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftserve.model.dense import dense_state
@@ -99,6 +106,27 @@ def save_prefix(base: Any, folder: Path, *, num_tokens: int, seed: int, like: Se
     return folder
 
 
+def save_prompt(base: Any, folder: Path, *, num_tokens: int, seed: int, encoder: str = "") -> Path:
+    """Prompt tuning as PEFT saves it, P-tuning with an `encoder` (MLP, LSTM): embeddings like those of real tokens."""
+    config: Any = PromptTuningConfig(num_virtual_tokens=num_tokens, task_type="CAUSAL_LM")
+    if encoder:
+        config = PromptEncoderConfig(
+            num_virtual_tokens=num_tokens,
+            encoder_reparameterization_type=encoder,
+            encoder_hidden_size=24,
+            task_type="CAUSAL_LM",
+        )
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prompt_encoder" in name:
+                scale = float(base.get_input_embeddings().weight.std()) if "embedding" in name else 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.save_pretrained(folder)
+    return folder
+
+
 def _kv_of(base: Any, token_ids: Sequence[int]) -> torch.Tensor:
     """K and V of tokens in PEFT's layout: [n, layers * 2 * kv_heads * head_dim]."""
     cache = base(input_ids=torch.tensor([token_ids]), use_cache=True).past_key_values
@@ -119,4 +147,4 @@ def judge(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Expected:
 def continuation_logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
     """The logits [T, vocab], float32, that `model` has before each of the T `tokens`."""
     logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0]
-    return logits[len(prompt) - 1 : -1].float()
+    return logits[-len(tokens) - 1 : -1].float()  # counted from the end: PEFT gives those of a prompt's tokens, too

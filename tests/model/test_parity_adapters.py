@@ -73,6 +73,17 @@ def test_prefix(num_tokens: int, driver: Driver, base: Any, tmp_path: Path) -> N
     check(driver, base, oracle.save_prefix(base, tmp_path / "prefix", num_tokens=num_tokens, seed=1), seed=num_tokens)
 
 
+@pytest.mark.parametrize("encoder", ["", "MLP", "LSTM"])
+@pytest.mark.parametrize("num_tokens", [1, 20, 100])
+def test_prompt(num_tokens: int, encoder: str, driver: Driver, base: Any, tmp_path: Path) -> None:
+    folder = oracle.save_prompt(base, tmp_path / "prompt", num_tokens=num_tokens, seed=1, encoder=encoder)
+    check(driver, base, folder, seed=num_tokens)
+
+
+def test_a_prompt_of_several_chunks(driver: Driver, base: Any, tmp_path: Path) -> None:
+    check(driver, base, oracle.save_prompt(base, tmp_path / "prompt", num_tokens=300, seed=1), seed=3)
+
+
 @pytest.mark.parametrize("variant", ["qwen3_bias", "qwen2_sliding", "smollm3", "llama_bias"])
 def test_adapters_on_other_families(variant: str, tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint(variant, tmp_path / "model", seed=2)
@@ -81,6 +92,7 @@ def test_adapters_on_other_families(variant: str, tmp_path: Path) -> None:
     check(driver, base, oracle.save_lora(base, tmp_path / "lora", rank=5, targets="all", seed=1, rslora=True), seed=1)
     check(driver, base, oracle.save_lora(base, tmp_path / "dora", rank=5, targets="all", seed=1, dora=True), seed=1)
     check(driver, base, oracle.save_prefix(base, tmp_path / "prefix", num_tokens=6, seed=2), seed=2)
+    check(driver, base, oracle.save_prompt(base, tmp_path / "prompt", num_tokens=11, seed=2), seed=2)
     driver.close()
 
 

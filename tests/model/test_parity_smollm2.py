@@ -75,6 +75,7 @@ def adapters(base: Any, texts: list[list[int]], tmp_path_factory: pytest.TempPat
     peft.append(oracle.save_lora(base, root / "dora", rank=8, targets="all", seed=9, gain=0.05, dora=True))
     context = [token for text in texts for token in text]
     peft += [oracle.save_prefix(base, root / f"prefix-{n}", num_tokens=n, seed=n, like=context) for n in PREFIXES]
+    peft.append(oracle.save_prompt(base, root / "prompt", num_tokens=20, seed=1))
     for kind in BOTTLENECKS:
         write_random_adapter(root / kind, kind=kind, hidden_size=576, num_layers=30, seed=1, gain=0.02)
     return Adapters(tuple(peft), tuple(root / kind for kind in BOTTLENECKS))
@@ -106,7 +107,7 @@ def test_float32_all_kinds_in_one_batch(driver: Driver, base: Any, adapters: Ada
         Job(texts[i % 3][: 9 + 3 * i], NUM_TOKENS, adapter=adapter, chunks=(4 + i, 1, 7))
         for i, adapter in enumerate(placed)
     ]
-    assert len(jobs) == 13
+    assert len(jobs) == 14
     driver.run(*jobs)
     for folder, job in zip(folders, jobs, strict=True):
         if folder in adapters.bottleneck:

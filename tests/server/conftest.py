@@ -53,6 +53,9 @@ def adapter_folders(base_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         base = oracle.load_base(base_folder)
         folder = root / f"prefix-{length}"
         folders[folder.name] = oracle.save_prefix(base, folder, num_tokens=length, seed=length)
+    for name, encoder in (("prompt", ""), ("p-tuning", "MLP")):
+        base = oracle.load_base(base_folder)
+        folders[name] = oracle.save_prompt(base, root / name, num_tokens=10, seed=7, encoder=encoder)
     for name in ("pfeiffer", "houlsby", "parallel"):
         folders[name] = GOLDENS / "tiny" / name
     return folders
@@ -75,7 +78,7 @@ def cases(base_folder: Path, adapter_folders: dict[str, Path]) -> list[Case]:
     ]
     prompts = sorted({tuple(case.prompt) for case in found}, key=len)
     for name, folder in adapter_folders.items():
-        if name.startswith(("lora", "dora", "prefix")):
+        if name.startswith(("lora", "dora", "prefix", "prompt", "p-tuning")):
             with oracle.with_adapter(oracle.load_base(base_folder), folder) as model:
                 for prompt in prompts:
                     found.append(Case(name, list(prompt), _greedy(oracle, model, list(prompt))))

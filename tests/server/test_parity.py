@@ -52,7 +52,7 @@ def test_each_alone(client: Client, cases: list[Case]) -> None:
 async def test_all_kinds_at_once(server: ServerProcess, cases: list[Case], protocol: str) -> None:
     assert len(cases) >= 12
     assert {case.adapter_id.split("-")[0] if case.adapter_id else None for case in cases} == {
-        *(None, "lora", "dora", "prefix", "pfeiffer", "houlsby", "parallel")
+        *(None, "lora", "dora", "prefix", "prompt", "p", "pfeiffer", "houlsby", "parallel")
     }
     client = AsyncClient(server.http) if protocol == "http" else AsyncGrpcClient(server.grpc)
     async with client:

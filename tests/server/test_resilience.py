@@ -90,7 +90,9 @@ def test_200_aborts_and_disconnects_leave_nothing_behind(
     print(f"engine RSS: {memory_before:.0f} MiB before, {memory_after:.0f} MiB after")  # noqa: T201
     assert server.gauge("vllm:request_success_total") > aborted_before
 
-    prefix_pages = sum(-(-int(name.split("-")[1]) // 4) for name in uploaded if name.startswith("prefix"))
+    prefixes = [adapter.details["num_virtual_tokens"] for adapter in client.adapters.list() if adapter.kind == "prefix"]
+    assert len(prefixes) == 5
+    prefix_pages = sum(-(-int(tokens) // 4) for tokens in prefixes)
     assert server.gauge("peftserve_kv_pages_used") <= prefix_pages, "only resident prefixes may hold KV pages"
     assert memory_after - memory_before < 64
     assert client.generate(PROMPT, max_tokens=2).usage.completion_tokens == 2

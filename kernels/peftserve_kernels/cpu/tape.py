@@ -8,6 +8,7 @@ missing from the tape: `capture.CaptureGuard` refuses it, in the tests.
 
 import math
 import mmap
+import threading
 from bisect import bisect, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,14 @@ _STAGGER: Final = 13 * _ALIGNMENT
 # Linux' number; Python has no name for it before 3.13.
 _MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if hasattr(mmap, "MAP_POPULATE") else 0)
 
-_recording: "TapeMemory | None" = None
+
+class _Recording(threading.local):
+    """What a thread records to: the calls that others make meanwhile are made."""
+
+    memory: "TapeMemory | None" = None
+
+
+_recording = _Recording()
 
 
 class TapeMemory:
@@ -114,16 +122,15 @@ class Tape:
 
         Their tensors have a row for each token of the largest step; `sampled`: for each token that is sampled after.
         """
-        global _recording
-        if _recording is not None:
+        if _recording.memory is not None:
             raise RuntimeError("a tape is being recorded already")
-        _recording = self._memory
+        _recording.memory = self._memory
         self._calls.start(sampled)
         try:
             yield
         finally:
             self._calls.stop()
-            _recording = None
+            _recording.memory = None
 
     def __len__(self) -> int:
         """How many calls were recorded."""
@@ -141,4 +148,5 @@ class Tape:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Where a native op writes its result: `torch.empty`, or the memory of the tape that is being recorded."""
-    return torch.empty(shape, dtype=dtype) if _recording is None else _recording.empty(shape, dtype)
+    memory = _recording.memory
+    return torch.empty(shape, dtype=dtype) if memory is None else memory.empty(shape, dtype)

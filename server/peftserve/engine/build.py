@@ -53,6 +53,7 @@ def build_engine(config: EngineConfig, checkpoint: Path, wake: Callable[[], None
         num_slots=config.max_device_adapters,
         max_rank=config.max_adapter_rank,
         base=weights,
+        int8_activations=config.int8_activations,
     )
     kv = KvPageManager(num_pages, config.page_size, prefix_caching=config.prefix_caching)
     adapters = AdapterCache(

@@ -13,7 +13,7 @@ import torch
 
 from peftserve.adapters import formats
 from peftserve.adapters.blobs import read_adapter
-from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter
+from peftserve.adapters.formats.parsed import BottleneckAdapter, LoraAdapter, PrefixAdapter
 from peftserve.engine.adapter_memory import HostAdapter, Placement
 from peftserve.errors import AdapterLoadError, InternalError, PeftserveError
 from peftserve.model.arena import Arena, Extent
@@ -26,6 +26,7 @@ from peftserve.model.packing import (
     pack_lora,
     pack_prefix,
 )
+from peftserve.model.prompts import PromptEncoder
 from peftserve.model.spec import TARGET_NAMES, ModelSpec
 from peftserve.model.uploads import Put, Uploads
 from peftserve.model.weights import ModelWeights
@@ -66,8 +67,9 @@ class DeviceAdapterMemory:
     """Adapters in `kv.dtype`, on the KV cache's device, for a model of `spec`.
 
     `arena_bytes` bounds LoRA and bottleneck weights together, `num_slots` how many of each kind lie on the device at
-    once, `max_rank` a LoRA's rank and a bottleneck's width. `root` is the folder that `adapters.blobs` reads. A DoRA
-    takes the weights of the `base`. `lora` and `bottleneck` are what the kernels read; their tensors never move.
+    once, `max_rank` a LoRA's rank and a bottleneck's width. `root` is the folder that `adapters.blobs` reads. DoRAs
+    and prompts take the weights of the `base`, prompts with `int8_activations` as the decoder's. `lora` and
+    `bottleneck` are what the kernels read; their tensors never move.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DeviceAdapterMemory:
         num_slots: int,
         max_rank: int,
         base: ModelWeights | None = None,
+        int8_activations: bool = False,
     ) -> None:
         self._spec = spec
         self._kv = kv
@@ -87,7 +90,6 @@ class DeviceAdapterMemory:
         self._dtype = kv.dtype
         self._device = kv.k.device
         self._max_rank = max_rank
-        self._row_scales = RowScales(base, spec) if base is not None else None
         self._arena = Arena(arena_bytes // kv.dtype.itemsize)
         self._slots = {AdapterKind.LORA: _Slots(num_slots), AdapterKind.BOTTLENECK: _Slots(num_slots)}
         self._uploads = Uploads(self._device)
@@ -111,6 +113,18 @@ class DeviceAdapterMemory:
         )
         self.lora = replace(lora, arena=arena)
         self.bottleneck = replace(bottleneck, arena=arena)
+        self._row_scales: RowScales | None = None
+        self._prompts: PromptEncoder | None = None
+        if base is not None:
+            self._row_scales = RowScales(base, spec)
+            self._prompts = PromptEncoder(
+                base,
+                spec,
+                lora=self.lora,
+                bottleneck=self.bottleneck,
+                page_size=kv.page_size,
+                int8_activations=int8_activations,
+            )
 
     # -- loader threads ------------------------------------------------------------------------------------------
 
@@ -212,7 +226,11 @@ class DeviceAdapterMemory:
             )
         if isinstance(adapter, BottleneckAdapter):
             return pack_bottleneck(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
-        return pack_prefix(adapter, dtype=self._dtype, page_size=self._kv.page_size)
+        if isinstance(adapter, PrefixAdapter):
+            return pack_prefix(adapter, dtype=self._dtype, page_size=self._kv.page_size)
+        if self._prompts is None:
+            raise InternalError("a prompt was to be loaded without the base's weights")
+        return self._prompts.encode(adapter)
 
     def _copy_weights(self, put: Put, packed: PackedWeights, kind: AdapterKind, slot: int) -> None:
         extents = self._slots[kind].extents(slot)

@@ -58,7 +58,10 @@ class Decoder:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """All layers over the M tokens of `batch`: the residual stream float32 [M, hidden]. Writes their K and V."""
-        stream = embedding(batch.token_ids, self._weights.embedding)
+        return self.transform(embedding(batch.token_ids, self._weights.embedding), batch)
+
+    def transform(self, stream: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The same over inputs that are embedded already, float32 [M, hidden], which may be overwritten."""
         cos_sin = embedding(batch.positions, self._rope)
         for index, layer in enumerate(self._weights.layers):
             attended = self._attention(index, layer, stream, cos_sin, batch)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftserve.adapters.formats import bottleneck, lora, prefix
+from peftserve.adapters.formats import bottleneck, lora, prefix, prompt
 from peftserve.adapters.formats.kinds import detect_kind
 from peftserve.adapters.formats.parsed import (
     Activation,
@@ -15,6 +15,7 @@ from peftserve.adapters.formats.parsed import (
     LoraAdapter,
     LoraModule,
     PrefixAdapter,
+    PromptAdapter,
 )
 from peftserve.adapters.safetensors import TensorView
 from peftserve.model.spec import ModelSpec
@@ -30,6 +31,7 @@ __all__ = [
     "LoraAdapter",
     "LoraModule",
     "PrefixAdapter",
+    "PromptAdapter",
     "detect_kind",
     "parse",
 ]
@@ -45,5 +47,6 @@ def parse(config: Mapping[str, Any], tensors: Mapping[str, TensorView], spec: Mo
     if kind is AdapterKind.LORA:
         return lora.parse(config, tensors, spec, max_rank)
     if kind is AdapterKind.PREFIX:
-        return prefix.parse(config, tensors, spec)
+        reader = prefix.parse if config["peft_type"] == "PREFIX_TUNING" else prompt.parse
+        return reader(config, tensors, spec)
     return bottleneck.parse(config, tensors, spec, max_rank)

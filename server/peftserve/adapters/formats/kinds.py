@@ -7,20 +7,25 @@ from peftserve.adapters.faults import quote, refusal
 from peftserve.adapters.formats.fields import show
 from peftserve.types import AdapterKind
 
-_SERVED = {"LORA": AdapterKind.LORA, "PREFIX_TUNING": AdapterKind.PREFIX}
+_SERVED = {
+    "LORA": AdapterKind.LORA,
+    "PREFIX_TUNING": AdapterKind.PREFIX,
+    "PROMPT_TUNING": AdapterKind.PREFIX,
+    "P_TUNING": AdapterKind.PREFIX,
+}
 
 _OTHER_PEFT_TYPES = frozenset(
     {
         "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT", "DEFT",
         "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA",
-        "LOKR", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "PEANUT", "POLY", "PROMPT_TUNING", "PSOFT",
-        "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA",
+        "LOKR", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "PEANUT", "POLY", "PSOFT",
+        "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA",
         "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA",
     }
 )  # fmt: skip
 """The other methods of PEFT 0.21 (`utils.peft_types.PeftType`), to tell an unsupported one from an unknown one."""
 
-_SUPPORTED = "served are LoRA and prefix tuning from PEFT, and bottleneck adapters from AdapterHub"
+_SUPPORTED = "served are LoRA, prefix, prompt and P-tuning from PEFT, and bottleneck adapters from AdapterHub"
 
 
 def detect_kind(config: Mapping[str, Any]) -> AdapterKind:

@@ -97,7 +97,38 @@ class PrefixAdapter:
 
     def details(self) -> dict[str, Any]:
         """What people want to know of it, for listings; JSON types only."""
-        return {"source_format": "peft", "num_virtual_tokens": self.num_virtual_tokens, "layers": self.num_layers}
+        return {
+            "source_format": "peft",
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "layers": self.num_layers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAdapter:
+    """Input embeddings [n, hidden] of virtual tokens that come before the real ones.
+
+    Attention is causal, so they are never changed by what follows: their keys and values in the base are a prefix.
+    """
+
+    num_virtual_tokens: int
+    num_layers: int
+    peft_type: str
+    embeddings: TensorView
+
+    @property
+    def kind(self) -> AdapterKind:
+        return AdapterKind.PREFIX
+
+    def details(self) -> dict[str, Any]:
+        """What people want to know of it, for listings; JSON types only."""
+        return {
+            "source_format": "peft",
+            "peft_type": self.peft_type,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "layers": self.num_layers,
+        }
 
 
 class BottleneckSite(enum.IntEnum):
@@ -184,4 +215,4 @@ def _padded(rank: int) -> int:
     return -(-rank // _PAGE_ROWS) * _PAGE_ROWS
 
 
-Adapter: TypeAlias = LoraAdapter | PrefixAdapter | BottleneckAdapter
+Adapter: TypeAlias = LoraAdapter | PrefixAdapter | PromptAdapter | BottleneckAdapter
