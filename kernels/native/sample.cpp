@@ -1,5 +1,5 @@
-// First the maxima of chunks of all rows, each thread those of some columns: of the logits that it computed itself, and has
-// in its cache. Then one row after the other, each by one thread. A row that is not greedy never sorts the vocabulary: the
+// First the maxima of chunks of all rows, each thread those of some columns: of the logits that it computed itself, which are
+// nearest to it. Then one row after the other, each by one thread. A row that is not greedy never sorts the vocabulary: the
 // tokens whose logit is near the largest are gathered, put in buckets by their distance to it, and bucket after bucket is
 // sorted only as far as the pick goes. Only where that does not decide the pick does the row look farther down.
 #include <cstring>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::int64_t kChunk = 128;  // logits that share a stored maximum
 constexpr int kBuckets = 1024;
-constexpr float kInfinity = __builtin_inff(), kLargestFloat = 3.402823466e38f;
+constexpr float kInfinity = __builtin_inff(), kLowest = -__FLT_MAX__;
 constexpr int kMaxima = 2;  // which scratch memory holds them
 
 // Probabilities looked at, relative to the largest: above e^-8, e^-16, and all that are not zero in float32.
@@ -54,7 +54,7 @@ float maximum_of(const float* logits, std::int64_t count) {
   // 0 * x is a zero unless x is infinite or NaN.
   const auto look = [&](Vec x) __attribute__((always_inline)) {
     largest = max(largest, x);
-    const Vec lowest = broadcast(-kLargestFloat);
+    const Vec lowest = broadcast(kLowest);
     zeros = fma(select_greater(lowest, x, lowest, x), zero(), zeros);  // not so -inf: a banned token
   };
   std::int64_t at = 0;
