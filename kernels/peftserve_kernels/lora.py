@@ -22,9 +22,9 @@ class LoraWeights:
     arena: model dtype or float32 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page: int64
     [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
     (rows [8, out]), multiples of 8; P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. row_scale: int64
-    [slots, layers, targets], the element offset, a multiple of 8, of [2, out] values: DoRA's row scale less one, and
-    what it would otherwise add to a bias b of the layer, with the sign changed, (1 - g) b; or -1 for none. (g is near
-    1, and g - 1 keeps in 16 bits what g would lose.) Rank 0: the adapter does not touch that module, and none of
+    [slots, layers, targets], the element offset, a multiple of 8, of [2, out] values, or -1 for none: g - 1 for DoRA's
+    row scale g, which is near 1, so that 16 bits keep what g would lose; and (1 - g) b, which undoes what g does to the
+    layer's bias b. Rank 0: the adapter does not touch that module, and none of
     its other entries is read. The tables are filled and cleared in place as adapters come and go.
     Raises ValueError for shapes that do not agree.
     """

@@ -8,7 +8,7 @@ than a server that does not start.
 import difflib
 import json
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,35 +136,33 @@ def _repetitions(document: Any) -> list[str]:
     """Faults of a YAML mapping, and of the mappings that are its values: keys that came before."""
     import yaml
 
-    faults = _repeated((_flat(key.value), key) for key, _ in document.value)
+    def repeated(mapping: Any, name_of: Callable[[object], object]) -> list[str]:
+        return _repeated("line", ((name_of(key.value), key.start_mark.line + 1) for key, _ in mapping.value))
+
+    faults = repeated(document, _flat)
     for setting, value in document.value:
         if isinstance(value, yaml.MappingNode):
-            faults += [
-                f"{_flat(setting.value)}: {fault}" for fault in _repeated((key.value, key) for key, _ in value.value)
-            ]
-    return faults
-
-
-def _repeated(keys: Iterable[tuple[Any, Any]]) -> list[str]:
-    """Those of (what to compare, YAML node) that came before, by their lines: the keys themselves may be secret."""
-    lines: dict[Any, int] = {}
-    faults = []
-    for key, node in keys:
-        line = node.start_mark.line + 1
-        if key in lines:
-            faults.append(f"line {line} has the same key as line {lines[key]}")
-        lines.setdefault(key, line)
+            faults += [f"{_flat(setting.value)}: {fault}" for fault in repeated(value, lambda key: key)]
     return faults
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of them. Keys may be secret, so that a fault tells their places."""
-    places: dict[str, int] = {}
-    for place, (key, _) in enumerate(pairs, start=1):
-        if key in places:
-            raise ValueError(f"entry {place} has the same key as entry {places[key]}")
-        places[key] = place
+    """A dict of them. Raises ValueError for a key that came before."""
+    faults = _repeated("entry", ((key, place) for place, (key, _) in enumerate(pairs, start=1)))
+    if faults:
+        raise ValueError(faults[0])
     return dict(pairs)
+
+
+def _repeated(unit: str, keys: Iterable[tuple[object, int]]) -> list[str]:
+    """Faults of those of (key, place) that came before. They tell places alone: keys may be secret."""
+    places: dict[object, int] = {}
+    faults = []
+    for key, place in keys:
+        if key in places:
+            faults.append(f"{unit} {place} has the same key as {unit} {places[key]}")
+        places.setdefault(key, place)
+    return faults
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None = None) -> config.Config:

@@ -73,6 +73,9 @@ def test_a_key_that_comes_twice_is_refused_and_not_shown(tmp_path: Path) -> None
         f"{file}: line 6 has the same key as line 1",
         f"{file}: api_keys: line 5 has the same key as line 3",
     ]
+    file.write_text("{port: 1, port: 2}")
+    with pytest.raises(ConfigurationError, match="line 1 has the same key as line 1"):
+        settings.load({}, {}, file)
 
 
 def test_unknown_names_are_refused_with_a_hint(tmp_path: Path) -> None:

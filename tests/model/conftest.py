@@ -50,3 +50,17 @@ def every_kind(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
         oracle.save_prompt(base, root / "prompt", num_tokens=7, seed=4),
         root / "houlsby",
     ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama without biases."""
+    return tiny_models.make_checkpoint("llama", tmp_path_factory.mktemp("llama"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Any:
+    """The same as the oracle has it."""
+    from tests.model import oracle
+
+    return oracle.load_base(folder)

@@ -58,16 +58,6 @@ def test_the_definition(sizes: dict[str, int], tmp_path: Path) -> None:
             np.testing.assert_allclose(got.float32(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_checkpoint("llama", tmp_path_factory.mktemp("llama"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def base(folder: Path) -> Any:
-    return oracle.load_base(folder)
-
-
 @pytest.fixture
 def driver(folder: Path, tmp_path: Path) -> Iterator[Driver]:
     driver = Driver(folder, page_size=8, store=tmp_path / "store", dtype=torch.bfloat16)

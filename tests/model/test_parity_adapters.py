@@ -23,16 +23,6 @@ def prompt(seed: int, length: int = 15) -> list[int]:
     return random.Random(seed).choices(range(3, tiny_models.VOCAB_SIZE), k=length)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_checkpoint("llama", tmp_path_factory.mktemp("llama"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def base(folder: Path) -> Any:
-    return oracle.load_base(folder)
-
-
 @pytest.fixture
 def driver(folder: Path, tmp_path: Path) -> Iterator[Driver]:
     driver = Driver(folder, page_size=8, store=tmp_path / "store", max_rank=64)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from peftserve.model.packing import PackedPrefix
-from tests import tiny_models
 from tests.model import oracle
 from tests.model.driver import Driver, Job
 
@@ -16,10 +15,9 @@ from tests.model.driver import Driver, Job
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 
-def test_neither_the_steps_nor_the_prompt_notice_each_other(tmp_path: Path) -> None:
-    folder = tiny_models.make_checkpoint("llama_bias", tmp_path / "llama", seed=1)
-    base = oracle.load_base(folder)
-    driver = Driver(folder, dtype=torch.bfloat16, page_size=8, store=tmp_path / "store")
+def test_neither_the_steps_nor_the_prompt_notice_each_other(base_folder: Path, tmp_path: Path) -> None:
+    base = oracle.load_base(base_folder)
+    driver = Driver(base_folder, dtype=torch.bfloat16, page_size=8, store=tmp_path / "store")
     lora = driver.add(oracle.save_lora(base, tmp_path / "lora", rank=8, targets="all", seed=1))
     prompt = driver.publish(oracle.save_prompt(base, tmp_path / "prompt", num_tokens=300, seed=2))
 

@@ -222,12 +222,16 @@ class Scheduler:
                 return
             if beside is not None and not beside.take(request):
                 continue
-            starved = request.refused is not None and now - request.refused > self._limits.starvation_s
-            starved = starved and beside is None  # one at a time
+            starved = beside is None and self._has_starved(request, now)
             if not self._start(request, copies, urgent=starved and not urged):
                 if request.refused is None:
                     request.refused = now
-                if starved and request.state is RequestState.WAITING and not self._on_its_way(request):
+                if (
+                    starved
+                    and beside is None
+                    and request.state is RequestState.WAITING
+                    and not self._on_its_way(request)
+                ):
                     urged = True
                     if self.running and (beside := self._beside(request)) is None:
                         return
@@ -237,6 +241,9 @@ class Scheduler:
             budget -= size
             self._charge(request, size)
             order.served(request)
+
+    def _has_starved(self, request: Request, now: float) -> bool:
+        return request.refused is not None and now - request.refused > self._limits.starvation_s
 
     def _beside(self, request: Request) -> Backfill | None:
         """Who may start before a request that has starved; None for nobody. It lacks KV pages, or else a place for its
@@ -378,8 +385,7 @@ class Scheduler:
             return
         request.append(token)
         logprobs = [sampled.logprobs] if sampled.logprobs else []
-        full = request.num_positions >= self._limits.max_model_len
-        if full or len(request.output_token_ids) >= params.max_tokens:
+        if self._bounds.num_left(request) <= 0:
             self._finish(request, FinishReason.LENGTH, token_ids=[token], logprobs=logprobs)
         else:
             self._events.append(next_event(request, [token], logprobs))

@@ -28,8 +28,9 @@ _ROWS = 16 * TILE_ROWS
 class RowScale:
     """What `LoraWeights.row_scale` points to for one module: g - 1, then (1 - g) b, [2 out_features]."""
 
-    base: Nf4Weight
-    bias: torch.Tensor | None
+    merged: Nf4Weight
+    merged_bias: torch.Tensor | None
+    piece: LoraSlice  # of them
     module: LoraModule
     magnitude: TensorView
     name: str
@@ -41,20 +42,25 @@ class RowScale:
     @torch.inference_mode()
     def float32(self) -> npt.NDArray[np.float32]:
         """A new array. Raises `AdapterLoadError` where a row of W + s B A is zero."""
-        device = self.base.packed.device
+        first, last = self.piece.out_offset, self.piece.out_offset + self.piece.out_features
+        base = self.merged
+        if base.padding or first % TILE_ROWS or last % TILE_ROWS:
+            base = base.row_major()
+        base = base.rows(first, last)
+        device = base.packed.device
         a, b, m = (
             torch.from_numpy(stored.float32()).to(device) for stored in (self.module.a, self.module.b, self.magnitude)
         )
         norms = torch.empty_like(m)
         for start in range(0, len(m), _ROWS):
             end = min(start + _ROWS, len(m))
-            rows = dequantize_nf4(self.base.rows(start, end)).addmm_(b[start:end], a, alpha=self.module.scale)
+            rows = dequantize_nf4(base.rows(start, end)).addmm_(b[start:end], a, alpha=self.module.scale)
             torch.linalg.vector_norm(rows, dim=1, out=norms[start:end])
         if not bool(norms.all()):
             row = int((norms == 0).nonzero()[0])
             raise AdapterLoadError(f"DoRA scales row {row} of {self.name}, which is zero with this adapter")
         excess = m / norms - 1
-        shift = torch.zeros_like(m) if self.bias is None else -excess * self.bias
+        shift = torch.zeros_like(m) if self.merged_bias is None else -excess * self.merged_bias[first:last]
         array: npt.NDArray[np.float32] = torch.cat([excess, shift]).cpu().numpy()
         return array
 
@@ -71,20 +77,11 @@ class RowScales:
         """That of a module of a DoRA."""
         merged, piece = self._places[target]
         weights = self._weights.layers[layer]
-        bias: torch.Tensor | None = getattr(weights, f"{merged}_bias")
-        start, end = piece.out_offset, piece.out_offset + piece.out_features
         return RowScale(
-            _rows(getattr(weights, merged), piece),
-            None if bias is None else bias[start:end],
+            getattr(weights, merged),
+            getattr(weights, f"{merged}_bias"),
+            piece,
             module,
             magnitude,
             module_name(layer, TARGET_NAMES[target]),
         )
-
-
-def _rows(weight: Nf4Weight, piece: LoraSlice) -> Nf4Weight:
-    """Those of one module in a merged weight: a view, where they are whole tiles."""
-    start, end = piece.out_offset, piece.out_offset + piece.out_features
-    if weight.padding or start % TILE_ROWS or end % TILE_ROWS:
-        weight = weight.row_major()
-    return weight.rows(start, end)

@@ -118,7 +118,7 @@ class _Packer:
             stride = align(part.block_rows * columns)
             blocks = data[part.start : part.start + count * stride].view(count, stride)
             blocks[:, : part.block_rows * columns] = torch.from_numpy(padded).view(count, -1)
-        _require_finite(data)
+        require_finite(data)
         return PackedWeights(data, tuple(self._ends), _tensors(values), _tensors(offsets))
 
     def _add(self, stored: _Stored, turned: bool, block_rows: int, rows: int, columns: int) -> list[int]:
@@ -192,7 +192,7 @@ def _prefix_pages(values: Floats, dtype: torch.dtype, page_size: int) -> torch.T
     num_pages = -(-length // page_size)
     padded = torch.zeros(layers, heads, num_pages * page_size, head_dim, dtype=dtype)
     padded[:, :, :length] = torch.from_numpy(np.ascontiguousarray(values))
-    _require_finite(padded)
+    require_finite(padded)
     return padded.view(layers, heads, num_pages, page_size, head_dim).transpose(1, 2).contiguous()
 
 
@@ -204,7 +204,8 @@ def _tensors(rows: Tables) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(row) for name, row in rows.items()}
 
 
-def _require_finite(data: torch.Tensor) -> None:
+def require_finite(data: torch.Tensor, what: str = "a weight") -> None:
+    """Raises `AdapterLoadError` saying that `what` overflowed."""
     # The files held finite numbers only, so an infinity is one that overflowed; both ends show it.
     if not all(bool(end.isfinite()) for end in data.aminmax()):
-        raise AdapterLoadError(f"a weight exceeds the range of {data.dtype}; serve with bfloat16 or float32")
+        raise AdapterLoadError(f"{what} exceeds the range of {data.dtype}; serve with bfloat16 or float32")

@@ -8,11 +8,10 @@ import torch
 
 from peftserve.adapters.formats.parsed import PromptAdapter
 from peftserve.engine.plan import Row, StepPlan
-from peftserve.errors import AdapterLoadError
 from peftserve.model.batch import build_batch
 from peftserve.model.decoder import Decoder
 from peftserve.model.kv import KvCache
-from peftserve.model.packing import PackedPrefix
+from peftserve.model.packing import PackedPrefix, require_finite
 from peftserve.model.spec import ModelSpec
 from peftserve.model.weights import ModelWeights
 from peftserve.types import AdapterKind
@@ -73,6 +72,6 @@ class PromptEncoder:
                 sample=None,
             )
             decoder.transform(chunk, build_batch(StepPlan(0, (row,)), size, device))
-        if not all(bool(half.isfinite().all()) for half in (cache.k, cache.v)):
-            raise AdapterLoadError(f"the base's keys and values of its virtual tokens exceed the range of {dtype}")
+        for half in (cache.k, cache.v):
+            require_finite(half, "a key or value of its virtual tokens")
         return PackedPrefix(cache.k.cpu(), cache.v.cpu(), count)

@@ -97,12 +97,7 @@ class PrefixAdapter:
 
     def details(self) -> dict[str, Any]:
         """What people want to know of it, for listings; JSON types only."""
-        return {
-            "source_format": "peft",
-            "peft_type": "PREFIX_TUNING",
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "layers": self.num_layers,
-        }
+        return _virtual_token_details("PREFIX_TUNING", self.num_virtual_tokens, self.num_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +118,7 @@ class PromptAdapter:
 
     def details(self) -> dict[str, Any]:
         """What people want to know of it, for listings; JSON types only."""
-        return {
-            "source_format": "peft",
-            "peft_type": self.peft_type,
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "layers": self.num_layers,
-        }
+        return _virtual_token_details(self.peft_type, self.num_virtual_tokens, self.num_layers)
 
 
 class BottleneckSite(enum.IntEnum):
@@ -208,6 +198,10 @@ class BottleneckAdapter:
                 (2 * _padded(module.width) + 1) * module.down.shape[1] + module.width for module in self.sites.values()
             ),
         }
+
+
+def _virtual_token_details(peft_type: str, count: int, num_layers: int) -> dict[str, Any]:
+    return {"source_format": "peft", "peft_type": peft_type, "num_virtual_tokens": count, "layers": num_layers}
 
 
 def _padded(rank: int) -> int:

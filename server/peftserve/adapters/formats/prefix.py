@@ -8,10 +8,8 @@ been applied in the saved file already (`get_prompt_embedding_to_save`). With gr
 from collections.abc import Mapping
 from typing import Any
 
-from peftserve.adapters.faults import FaultList
 from peftserve.adapters.formats import fields, virtual_tokens
 from peftserve.adapters.formats.parsed import PrefixAdapter
-from peftserve.adapters.formats.tensors import TensorTable
 from peftserve.adapters.safetensors import TensorView
 from peftserve.model.spec import ModelSpec
 
@@ -22,23 +20,18 @@ REFUSED = virtual_tokens.REFUSED
 
 def parse(config: Mapping[str, Any], tensors: Mapping[str, TensorView], spec: ModelSpec) -> PrefixAdapter:
     """The prefix in these files; raises `InvalidAdapterError` with all faults."""
-    faults = FaultList()
-    n = virtual_tokens.read_count(
+    base = fields.describe(spec)
+    count, embeddings = virtual_tokens.read(
         config,
+        tensors,
         spec,
-        faults,
+        method="prefix",
         harmless=HARMLESS,
         heads=(spec.num_kv_heads, "KV heads"),
         token_dim=(spec.kv_size, "KV heads times head size"),
+        columns=(
+            2 * spec.num_layers * spec.kv_size,
+            f"K and V, {spec.kv_size} wide each, of the layers of {base}",
+        ),
     )
-    table = TensorTable(tensors, faults)
-    width = 2 * spec.num_layers * spec.kv_size
-    embeddings = table.take(
-        "prompt_embeddings",
-        (n, width),
-        f"{n} virtual tokens by K and V, {spec.kv_size} wide each, of the layers of {fields.describe(spec)}",
-    )
-    table.refuse_rest(lambda _: "a prefix file holds prompt_embeddings only")
-    if faults or n is None or embeddings is None:
-        raise faults.error()
-    return PrefixAdapter(n, spec.num_layers, spec.num_kv_heads, spec.head_dim, embeddings)
+    return PrefixAdapter(count, spec.num_layers, spec.num_kv_heads, spec.head_dim, embeddings)

@@ -7,10 +7,8 @@ They come before the embeddings of the real ones. P-tuning's encoder has been ap
 from collections.abc import Mapping
 from typing import Any
 
-from peftserve.adapters.faults import FaultList
 from peftserve.adapters.formats import fields, virtual_tokens
 from peftserve.adapters.formats.parsed import PromptAdapter
-from peftserve.adapters.formats.tensors import TensorTable
 from peftserve.adapters.safetensors import TensorView
 from peftserve.model.spec import ModelSpec
 
@@ -24,22 +22,14 @@ REFUSED = virtual_tokens.REFUSED
 
 def parse(config: Mapping[str, Any], tensors: Mapping[str, TensorView], spec: ModelSpec) -> PromptAdapter:
     """The prompt in these files; raises `InvalidAdapterError` with all faults."""
-    faults = FaultList()
-    n = virtual_tokens.read_count(
+    count, embeddings = virtual_tokens.read(
         config,
+        tensors,
         spec,
-        faults,
+        method="prompt",
         harmless=HARMLESS,
         heads=(spec.num_heads, "heads"),
         token_dim=(spec.hidden_size, "hidden size"),
+        columns=(spec.hidden_size, f"the hidden size of {fields.describe(spec)}"),
     )
-    table = TensorTable(tensors, faults)
-    embeddings = table.take(
-        "prompt_embeddings",
-        (n, spec.hidden_size),
-        f"{n} virtual tokens by the hidden size of {fields.describe(spec)}",
-    )
-    table.refuse_rest(lambda _: "a prompt file holds prompt_embeddings only")
-    if faults or n is None or embeddings is None:
-        raise faults.error()
-    return PromptAdapter(n, spec.num_layers, str(config["peft_type"]), embeddings)
+    return PromptAdapter(count, spec.num_layers, str(config["peft_type"]), embeddings)

@@ -1,10 +1,12 @@
-"""What PEFT's configs of virtual tokens have in common, whether they hold keys and values or input embeddings."""
+"""Virtual tokens as PEFT saves them, as keys and values or as input embeddings: one tensor `prompt_embeddings`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from peftserve.adapters.faults import FaultList
 from peftserve.adapters.formats import fields
+from peftserve.adapters.formats.tensors import TensorTable
+from peftserve.adapters.safetensors import TensorView
 from peftserve.model.spec import ModelSpec
 
 HONOURED = frozenset(
@@ -19,7 +21,34 @@ REFUSED = {
 }
 
 
-def read_count(
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorView],
+    spec: ModelSpec,
+    *,
+    method: str,
+    harmless: frozenset[str],
+    heads: tuple[int, str],
+    token_dim: tuple[int, str],
+    columns: tuple[int, str],
+) -> tuple[int, TensorView]:
+    """How many virtual tokens there are, and the tensor [n, columns]; raises `InvalidAdapterError` with all faults.
+
+    `harmless`: all fields of this `method` that change nothing; `heads`, `token_dim` and `columns`: what the base has
+    there, and what that is.
+    """
+    faults = FaultList()
+    count = _read_config(config, spec, faults, harmless=harmless, heads=heads, token_dim=token_dim)
+    table = TensorTable(tensors, faults)
+    width, meaning = columns
+    embeddings = table.take("prompt_embeddings", (count, width), f"{count} virtual tokens by {meaning}")
+    table.refuse_rest(lambda _: f"a {method} file holds prompt_embeddings only")
+    if faults or count is None or embeddings is None:
+        raise faults.error()
+    return count, embeddings
+
+
+def _read_config(
     config: Mapping[str, Any],
     spec: ModelSpec,
     faults: FaultList,
@@ -28,11 +57,7 @@ def read_count(
     heads: tuple[int, str],
     token_dim: tuple[int, str],
 ) -> int | None:
-    """How many virtual tokens there are; None after adding a fault. Checks all other fields, too.
-
-    `harmless`: all fields that change nothing; `heads` and `token_dim`: what the base has there, and what
-    that is.
-    """
+    """How many virtual tokens there are; None after adding a fault. Checks all other fields, too."""
     fields.refuse_fields(config, HONOURED | harmless, REFUSED, faults)
     if config.get("task_type") not in ("CAUSAL_LM", None):
         faults.add(
