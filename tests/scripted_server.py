@@ -56,6 +56,7 @@ class ScriptedEngine(PlayedEngine):
         return EngineInfo(
             spec=msgspec.structs.replace(SPEC, vocab_size=257),
             dtype="float32",
+            adapter_dtype="float32",
             device="cpu",
             threads=1,
             max_model_len=MAX_LEN,

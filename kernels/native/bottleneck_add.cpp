@@ -95,11 +95,19 @@ class Bottleneck {
     float* bias = z + block.tokens * columns;
     read_input(static_cast<Input>(args_.input_mode[block.slot]), block.token * columns, block.tokens * columns, z);
     float* t = plan_.inner() + block.inner + part.first;
-    shrink(z, block.tokens, factor_of(plan_, part, arena_).rows(part.first, part.end), t, block.rank);
-    widen_row(arena_ + args_.down_bias[plan_.table(block)] + part.first, rows, bias);
+    const Factor<W> factor = first_factor(plan_, part, arena_).rows(part.first, part.end);
+    shrink(z, block.tokens, factor, t, block.rank);
+    widen_row(vector_at(arena_, args_.down_bias[plan_.table(block)]) + part.first, rows, bias);
     const auto kind = static_cast<Activation>(args_.activation[block.slot]);
     for (std::int64_t m = 0; m < block.tokens; ++m, t += block.rank) {
-      for (std::int64_t i = 0; i < rows; ++i) t[i] = activate(kind, t[i] + bias[i]);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        if constexpr (std::is_same_v<W, Int8>) {
+          const float* scales = factor.scales(i / kRankPage) + i % kRankPage;
+          t[i] = activate(kind, t[i] * scales[0] + bias[i]) * scales[kRankPage];
+        } else {
+          t[i] = activate(kind, t[i] + bias[i]);
+        }
+      }
     }
   }
 
@@ -107,7 +115,7 @@ class Bottleneck {
     const LowRankPart& part = plan_.expands()[index];
     const LowRankBlock& block = plan_.block(part.block);
     const Vec scale = broadcast(args_.scale[plan_.table(block)]);
-    const W* bias = arena_ + args_.up_bias[plan_.table(block)];
+    const auto* bias = vector_at(arena_, args_.up_bias[plan_.table(block)]);
     float* stream = args_.stream + block.token * args_.columns;
     const auto add_to = [&](std::int64_t m, const float* sums) {
       float* to = stream + m * args_.columns + part.first;
@@ -116,7 +124,7 @@ class Bottleneck {
         store_part(to + at, lanes, fma(scale, delta, load_part(to + at, lanes)));
       });
     };
-    expand(plan_.inner() + block.inner, block.tokens, factor_of(plan_, part, arena_), {part.first, part.end}, add_to);
+    expand(plan_.inner() + block.inner, block.tokens, second_factor(plan_, part, arena_), {part.first, part.end}, add_to);
   }
 
   void read_input(Input mode, std::int64_t first, std::int64_t count, float* z) const {
@@ -153,7 +161,7 @@ void bottleneck_add(const BottleneckAdd& args) {
     planned.plan = &plan;
     return bottleneck_add(planned);
   }
-  with_type(args.arena_dtype, [&](auto weight) { Bottleneck<typename decltype(weight)::type>(args).run(); });
+  with_weight_type(args.arena_dtype, [&](auto weight) { Bottleneck<typename decltype(weight)::type>(args).run(); });
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

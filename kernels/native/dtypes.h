@@ -10,7 +10,7 @@ struct Type {
   using type = T;
 };
 
-// body(Type<T>) with the T that `dtype` names.
+// body(Type<T>) with the T that `dtype` names: one that activations may have, so not int8.
 template <class Body>
 inline void with_type(Dtype dtype, const Body& body) {
   switch (dtype) {
@@ -20,7 +20,16 @@ inline void with_type(Dtype dtype, const Body& body) {
       return body(Type<Bf16>{});
     case Dtype::kFloat16:
       return body(Type<Half>{});
+    case Dtype::kInt8:  // none that activations have
+      return;
   }
+}
+
+// The same for the weights of adapters.
+template <class Body>
+inline void with_weight_type(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::kInt8) return body(Type<Int8>{});
+  with_type(dtype, body);
 }
 
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -42,20 +42,39 @@ class Update {
     const W* after = nullptr;
     if (index + 1 < plan_.shrink_shares().count()) {
       const LowRankPart& next = plan_.shrinks()[index + 1];
-      after = factor_of(plan_, next, arena_).row(next.first);
+      after = first_factor(plan_, next, arena_).row(next.first);
     }
     const LowRankBlock& block = plan_.block(part.block);
     const T* from = static_cast<const T*>(args_.x) + block.token * args_.columns;
-    const Factor<W> rows = factor_of(plan_, part, arena_).rows(part.first, part.end);
+    const Factor<W> rows = first_factor(plan_, part, arena_).rows(part.first, part.end);
     float* t = plan_.inner() + block.inner + part.first;
+    multiply(block, rows, from, t, after);
+    if constexpr (std::is_same_v<W, Int8>) scale_inner(rows, block, t);
+  }
+
+  void multiply(const LowRankBlock& block, const Factor<W>& rows, const T* from, float* t, const W* after) const {
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
-    if constexpr (kSplit) return shrink_pairs(from, block.tokens, rows, t, block.rank, after);
+    if constexpr (std::is_same_v<T, Bf16> && !std::is_same_v<W, float> && !std::is_same_v<W, Half>) {
+      return shrink_pairs(from, block.tokens, rows, t, block.rank, after);
+    }
 #endif
     auto* x = scratch<float>(static_cast<std::size_t>(block.tokens * args_.columns));
     for (std::int64_t m = 0; m < block.tokens; ++m) {
       widen_row_as<kSplit>(from + m * args_.columns, args_.columns, x + m * args_.columns);
     }
     shrink<kSplit>(x, block.tokens, rows, t, block.rank, after);
+  }
+
+  // Both factors' scales at once: between the two there is nothing but t.
+  static void scale_inner(const Factor<W>& rows, const LowRankBlock& block, float* t) {
+    for (std::int64_t first = 0; first < rows.rank; first += kRankPage) {
+      const float* scales = rows.scales(first / kRankPage);
+      const std::int64_t count = rows.rank - first < kRankPage ? rows.rank - first : kRankPage;
+      for (std::int64_t m = 0; m < block.tokens; ++m) {
+        float* inner = t + m * block.rank + first;
+        for (std::int64_t i = 0; i < count; ++i) inner[i] = inner[i] * scales[i] * scales[kRankPage + i];
+      }
+    }
   }
 
   void expand_part(std::int64_t index) const {
@@ -67,12 +86,12 @@ class Update {
     const LowRankBlock& block = plan_.block(part.block);
     const Columns columns{part.first, part.end};
     const LoraAdd::Slice& slice = args_.slice[block.slice];
-    const Factor<W> b = factor_of(plan_, part, arena_);
+    const Factor<W> b = second_factor(plan_, part, arena_);
     const float* t = plan_.inner() + block.inner;
     const Vec scale = broadcast(args_.scale[plan_.table(block)]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[plan_.table(block)];
     T* y = y_ + block.token * y_stride + slice.offset;
-    const W* excess = row_scale < 0 ? nullptr : arena_ + row_scale;  // of g over 1, and then what is added
+    const VectorOf<W>* excess = row_scale < 0 ? nullptr : vector_at(arena_, row_scale);  // of g over 1, and then what is added
     const auto add_to = [&](std::int64_t m, const float* sums) {
       T* to = y + m * y_stride + part.first;
       for_vectors_as<kSplit>(columns.count(), [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
@@ -103,7 +122,7 @@ class Update {
 template <class Body>
 void with_update(const LoraAdd& args, const Body& body) {
   with_type(args.dtype, [&](auto element) {
-    with_type(args.arena_dtype, [&](auto weight) {
+    with_weight_type(args.arena_dtype, [&](auto weight) {
       body(Update<typename decltype(element)::type, typename decltype(weight)::type>(args));
     });
   });

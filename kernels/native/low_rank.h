@@ -27,22 +27,40 @@ constexpr int kTokenTile = 3;
 constexpr std::int64_t kTokenBlock = 16 / kTokenTile * kTokenTile;  // tokens a task
 constexpr int kWideRows = 1;  // which scratch memory holds widened rows
 
-// The pages of one factor: row i begins at arena + page[i / 8] + (i % 8) * width.
+// The pages of one factor: row i begins at arena + page[i / 8] + header + (i % 8) * width.
 template <class W>
 struct Factor {
   const W* arena;
   const std::int64_t* page;
   std::int64_t rank, width;
+  std::int64_t header = 0;  // elements of a page before its rows
 
-  const W* row(std::int64_t i) const { return arena + page[i / kRankPage] + i % kRankPage * width; }
+  const W* row(std::int64_t i) const { return arena + page[i / kRankPage] + header + i % kRankPage * width; }
+  // Of a first factor of int8: eight scales of the rows of page `p`, and eight of the same rows of the second.
+  const float* scales(std::int64_t p) const { return reinterpret_cast<const float*>(arena + page[p]); }
   // Rows first .. end, `first` a multiple of kRankPage.
-  Factor rows(std::int64_t first, std::int64_t end) const { return {arena, page + first / kRankPage, end - first, width}; }
+  Factor rows(std::int64_t first, std::int64_t end) const {
+    return {arena, page + first / kRankPage, end - first, width, header};
+  }
 };
 
-// The one that a part of a plan is of.
+// The one that a part of a plan is of: of its products with A, and of those with B.
 template <class W>
-inline Factor<W> factor_of(const LowRankPlan& plan, const LowRankPart& part, const W* arena) {
+inline Factor<W> first_factor(const LowRankPlan& plan, const LowRankPart& part, const W* arena) {
+  constexpr std::int64_t kHeader = std::is_same_v<W, Int8> ? kScalesBytes : 0;
+  return {arena, plan.pages(part), part.rank, part.width, kHeader};
+}
+template <class W>
+inline Factor<W> second_factor(const LowRankPlan& plan, const LowRankPart& part, const W* arena) {
   return {arena, plan.pages(part), part.rank, part.width};
+}
+
+// What an arena of W holds besides pages is of this type.
+template <class W>
+using VectorOf = std::conditional_t<std::is_same_v<W, Int8>, Bf16, W>;
+template <class W>
+inline const VectorOf<W>* vector_at(const W* arena, std::int64_t offset) {
+  return reinterpret_cast<const VectorOf<W>*>(arena + offset);
 }
 
 struct Columns {
@@ -137,9 +155,9 @@ inline void shrink(const float* x, std::int64_t tokens, const Factor<W>& a, floa
 }
 
 #if defined(PEFTSERVE_SIMD_AVX512_BF16)
-// The same for bfloat16, multiplied as it is: a chain is of pairs of columns.
-template <int kTokens, int kRanks>
-inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns, float* t, std::int64_t t_stride,
+// The same for bfloat16, multiplied as it is, as are 8 bits, which bfloat16 holds: a chain is of pairs of columns.
+template <int kTokens, int kRanks, class W>
+inline void shrink_pairs_tile(const Bf16* x, const W* a, std::int64_t columns, float* t, std::int64_t t_stride,
                               Ahead ahead) {
   constexpr int kCount = kTokens * kRanks;
   Vec sums[kTokens][kRanks];
@@ -158,17 +176,18 @@ inline void shrink_pairs_tile(const Bf16* x, const Bf16* a, std::int64_t columns
   for (; column + kPair <= columns; column += kPair) {
     ahead.fetch();
     ahead.fetch();
-    step([&](const Bf16* row) __attribute__((always_inline)) { return Pairs<Bf16>::load(row + column); });
+    step([&](const auto* row) __attribute__((always_inline)) { return load_pairs(row + column); });
   }
   if (column < columns) {
     const int count = static_cast<int>(columns - column);
-    step([&](const Bf16* row) __attribute__((always_inline)) { return load_first_pairs(row + column, count); });
+    step([&](const auto* row) __attribute__((always_inline)) { return load_first_pairs(row + column, count); });
   }
   store_sums(sums, t, t_stride);
 }
 
-inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<Bf16>& a, float* t, std::int64_t t_stride,
-                         const Bf16* after) {
+template <class W>
+inline void shrink_pairs(const Bf16* x, std::int64_t tokens, const Factor<W>& a, float* t, std::int64_t t_stride,
+                         const W* after) {
   const auto rows = [&](auto count, std::int64_t i) {
     const Ahead ahead = fetch_ahead(a, i, after);
     for_token_tiles(tokens, [&](auto tile, std::int64_t m) __attribute__((always_inline)) {

@@ -213,9 +213,10 @@ bool LowRankPlan::next(int thread, Cursor& cursor, Span& span) const {
   const std::int64_t first = is_shrink ? part->first : 0, end = is_shrink ? part->end : part->rank;
   const std::int64_t column = is_shrink ? 0 : part->first, columns = is_shrink ? part->width : part->end - part->first;
   const std::int64_t row = first + cursor.part, rows = std::min<std::int64_t>(end - row, kRankPage);
+  const std::int64_t header = is_shrink && factors_.arena_dtype == Dtype::kInt8 ? kScalesBytes : 0;
   span.at = static_cast<const char*>(factors_.arena) + (pages(*part)[row / kRankPage] + column) * element_;
   const bool is_whole = columns == part->width;  // rows, then, which lie one after the other
-  span.bytes = (is_whole ? rows * columns : columns) * element_;
+  span.bytes = header + (is_whole ? rows * columns : columns) * element_;
   span.count = is_whole ? 1 : rows;
   span.stride = part->width * element_;
   cursor.part += rows;

@@ -369,6 +369,8 @@ void nf4_linear(const Nf4Linear& args) {
 #endif
     case Dtype::kFloat16:
       return Product<FloatDot, Half>(args).run();
+    case Dtype::kInt8:  // none that activations have
+      return;
   }
 }
 

@@ -5,9 +5,11 @@
 
 namespace peftserve {
 
-enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
-[[gnu::always_inline]] constexpr std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+[[gnu::always_inline]] constexpr std::int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2;
+}
 
 struct Bf16 {
   std::uint16_t bits;
@@ -15,6 +17,10 @@ struct Bf16 {
 
 struct Half {
   std::uint16_t bits;
+};
+
+struct Int8 {
+  std::int8_t value;
 };
 
 }  // namespace peftserve

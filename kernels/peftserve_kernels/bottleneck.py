@@ -13,7 +13,7 @@ from peftserve_kernels.activation import Activation, activate
 from peftserve_kernels.cpu import bottleneck as cpu
 from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select, triton_op
-from peftserve_kernels.rank_pages import read_rank_rows
+from peftserve_kernels.rank_pages import read_factors, read_vector
 from peftserve_kernels.segments import Segments
 from peftserve_kernels.zeros import zeros
 
@@ -39,7 +39,7 @@ class BottleneckInput(IntEnum):
 class BottleneckWeights:
     """All resident bottleneck adapters: one arena of rank pages (see `rank_pages`) and tables of what lies where.
 
-    arena: model dtype or float32 [E]. width: int32, scale: float32, both [slots, layers, 2], by `BottleneckSite`;
+    arena: model dtype, float32 or int8 [E]. width: int32, scale: float32, both [slots, layers, 2], by `BottleneckSite`;
     width 0: no adapter there. down_page, up_page: int64 [slots, layers, 2, P], element offsets of the pages of W_down
     (rows [8, D]) and of W_up transposed (rows [8, D]); P = ceil(max width / 8). down_bias, up_bias: int64 [slots,
     layers, 2], element offsets of b_down [width] and b_up [D]. activation: int32 [slots], an `Activation`;
@@ -142,12 +142,11 @@ def bottleneck_add_reference(
         if width == 0:
             continue
         z = _input(BottleneckInput(int(weights.input_mode[slot])), hidden[start:end], residual[start:end])
-        down = read_rank_rows(arena, weights.down_page[at].tolist(), width, size).float()
-        up = read_rank_rows(arena, weights.up_page[at].tolist(), width, size).float()
-        down_bias, up_bias = int(weights.down_bias[at]), int(weights.up_bias[at])
-        inner = functional.linear(z, down, arena[down_bias : down_bias + width].float())
+        pages = weights.down_page[at].tolist(), weights.up_page[at].tolist()
+        down, up = read_factors(arena, *pages, width, (size, size))
+        inner = functional.linear(z, down, read_vector(arena, int(weights.down_bias[at]), width))
         inner = activate(Activation(int(weights.activation[slot])), inner)
-        delta = torch.addmm(arena[up_bias : up_bias + size].float(), inner, up)
+        delta = torch.addmm(read_vector(arena, int(weights.up_bias[at]), size), inner, up)
         stream[start:end].add_(delta, alpha=float(weights.scale[at]))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftserve_kernels.cpu import lora as cpu
 from peftserve_kernels.cpu.extension import native
 from peftserve_kernels.dispatch import Backend, select, triton_op
-from peftserve_kernels.rank_pages import read_rank_rows
+from peftserve_kernels.rank_pages import read_factors, read_vector
 from peftserve_kernels.segments import Segments
 from peftserve_kernels.zeros import zeros
 
@@ -19,13 +19,13 @@ from peftserve_kernels.zeros import zeros
 class LoraWeights:
     """All resident LoRA adapters: one arena of rank pages (see `rank_pages`) and tables that say what lies where.
 
-    arena: model dtype or float32 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page: int64
-    [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
+    arena: model dtype, float32 or int8 [E]. rank: int32, scale: float32, both [slots, layers, targets]. a_page, b_page:
+    int64 [slots, layers, targets, P], element offsets in the arena of the pages of A (rows [8, in]) and of B transposed
     (rows [8, out]), multiples of 8; P = ceil(max rank / 8); entries past ceil(rank / 8) are not read. row_scale: int64
     [slots, layers, targets], the element offset, a multiple of 8, of [2, out] values, or -1 for none: g - 1 for DoRA's
     row scale g, which is near 1, so that 16 bits keep what g would lose; and (1 - g) b, which undoes what g does to the
-    layer's bias b. Rank 0: the adapter does not touch that module, and none of
-    its other entries is read. The tables are filled and cleared in place as adapters come and go.
+    layer's bias b. Rank 0: the adapter does not touch that module, and none of its other entries is read. The tables
+    are filled and cleared in place as adapters come and go.
     Raises ValueError for shapes that do not agree.
     """
 
@@ -119,15 +119,14 @@ def lora_add_reference(
             target, rank = piece.target, ranks[piece.target]
             if rank == 0:
                 continue
-            a = read_rank_rows(weights.arena, a_pages[target], rank, piece.in_features).float()
-            b = read_rank_rows(weights.arena, b_pages[target], rank, piece.out_features).float()
+            widths = piece.in_features, piece.out_features
+            a, b = read_factors(weights.arena, a_pages[target], b_pages[target], rank, widths)
             out = y[start:end, piece.out_offset : piece.out_offset + piece.out_features]
             delta, row_scale = inputs @ a.t() @ b, row_scales[target]
             if row_scale < 0:
                 out.add_(delta, alpha=scales[target])
             else:
-                stored = weights.arena[row_scale : row_scale + 2 * piece.out_features]
-                excess, shift = stored.float().chunk(2)
+                excess, shift = read_vector(weights.arena, row_scale, 2 * piece.out_features).chunk(2)
                 updated = torch.add(out, delta, alpha=scales[target])
                 out.copy_(updated + excess * updated + shift)
 

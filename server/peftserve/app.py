@@ -121,7 +121,7 @@ async def _services(config: Config) -> AsyncIterator["RunningServices"]:
             config.engine,
             adapter_device_bytes=info.adapter_device_bytes,
             kv_pages=info.num_kv_pages,
-            element_bytes=4 if info.dtype == "float32" else 2,
+            adapter_dtype=info.adapter_dtype,
         )
         store.limit_to(quota)
         task = asyncio.get_running_loop().create_task(adapters.restore(held_before))
@@ -307,7 +307,11 @@ def _listen(host: str, port: int, stall_timeout_s: float) -> socket.socket:
 
 
 def _announce(addresses: Addresses, model_name: str, info: EngineInfo) -> None:
-    precision = f"{info.dtype}, int8 activations" if info.int8_activations else info.dtype
+    precision = info.dtype
+    if info.int8_activations:
+        precision += ", int8 activations"
+    if info.adapter_dtype != info.dtype:
+        precision += f", {info.adapter_dtype} adapters"
     model = f"{model_name} ({precision}, {info.device})"
     sys.stdout.write(f"peftserve is ready: {model} on {addresses.http} and gRPC {addresses.grpc}\n")
     sys.stdout.flush()

@@ -95,6 +95,8 @@ def test_tensors_arrive_where_they_belong() -> None:
         "input": "hidden",
         "layers": 3,
         "padded_weights": 6 * (2 * 8 * 32 + 8 + 32),
+        "padded_rows": 6 * 8,
+        "vector_weights": 6 * (8 + 32),
     }
 
 

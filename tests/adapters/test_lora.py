@@ -37,6 +37,8 @@ def test_reads_all_modules() -> None:
         "layers": 3,
         "use_dora": False,
         "padded_weights": 8 * sum(m.a.shape[1] + m.b.shape[0] for m in adapter.modules.values()),
+        "padded_rows": 8 * 3 * 7,
+        "vector_weights": 0,
     }
 
 
@@ -50,6 +52,7 @@ def test_dora() -> None:
     details = adapter.details()
     assert details["use_dora"]
     assert details["padded_weights"] == sum(8 * m.a.shape[1] + 10 * m.b.shape[0] for m in adapter.modules.values())
+    assert details["vector_weights"] == sum(2 * m.b.shape[0] for m in adapter.modules.values())
 
 
 def test_magnitudes_that_do_not_fit() -> None:

@@ -44,6 +44,7 @@ def info() -> EngineInfo:
     return EngineInfo(
         spec=SPEC,
         dtype="float32",
+        adapter_dtype="float32",
         device="cpu",
         threads=1,
         max_model_len=CONTEXT,
@@ -183,7 +184,7 @@ def make_world(root: Path, tokenizer: Tokenizer, script: Script, **settings: Any
             config.engine,
             adapter_device_bytes=config.engine.adapter_device_bytes or 1 << 20,
             kv_pages=64,
-            element_bytes=2,
+            adapter_dtype="bfloat16",
         )
     )
     adapters = AdapterService(store=store, engine=engine, metrics=metrics, model_name=MODEL)

@@ -11,8 +11,10 @@ from peftserve_kernels import RANK_PAGE_ROWS, Activation, BottleneckInput, Bottl
 from peftserve_kernels.bottleneck import bottleneck_add_reference
 from peftserve_kernels.cpu.bottleneck import bottleneck_add
 from tests.kernels.native import ISAS, isa, same_bits, threads
+from tests.kernels.rank_page_writer import fill_with_nan, put_page, put_vector, room
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ARENAS = [*DTYPES, torch.int8]
 LAYERS = 2
 
 
@@ -27,16 +29,15 @@ def make_weights(
 ) -> BottleneckWeights:
     """widths[slot][site]; slots go through the activations and inputs in turn; rows past the width are NaN."""
     pages = rank_pages(max(max(row) for row in widths)) or 1
-    page = RANK_PAGE_ROWS * columns
+    page = room(columns, dtype)
     total = LAYERS * sum(2 * rank_pages(width) + 2 for row in widths for width in row) + 1
     weights = BottleneckWeights.empty(elements=total * page, slots=len(widths), layers=LAYERS, pages=pages, dtype=dtype)
-    weights.arena.fill_(torch.nan)
+    fill_with_nan(weights.arena)
     free = (torch.randperm(total) * page).tolist()
 
-    def put(values: int, size: float) -> int:
-        """Random values at a free place, which has room for a page."""
+    def bias(values: int) -> int:
         offset = int(free.pop())
-        weights.arena[offset : offset + values] = (torch.randn(values) * size).to(dtype)
+        put_vector(weights.arena, offset, torch.randn(values))
         return offset
 
     for slot, row in enumerate(widths):
@@ -49,9 +50,12 @@ def make_weights(
                 for table in (weights.down_page, weights.up_page):
                     for index in range(rank_pages(width)):
                         rows = min(RANK_PAGE_ROWS, width - index * RANK_PAGE_ROWS)
-                        table[at][index] = put(rows * columns, columns**-0.5)
+                        offset = int(free.pop())
+                        table[at][index] = offset
+                        is_first = table is weights.down_page
+                        put_page(weights.arena, offset, rows, columns, is_first=is_first, size=columns**-0.5)
                 if width:
-                    weights.down_bias[at], weights.up_bias[at] = put(width, 1.0), put(columns, 1.0)
+                    weights.down_bias[at], weights.up_bias[at] = bias(width), bias(columns)
     return weights
 
 
@@ -62,7 +66,7 @@ def activations(tokens: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arena", DTYPES)
+@pytest.mark.parametrize("arena", ARENAS)
 @pytest.mark.parametrize("columns", [8, 33, 64, 576])
 def test_every_activation_and_input_against_the_reference(dtype: torch.dtype, arena: torch.dtype, columns: int) -> None:
     widths = [((1, 8, 13, 40)[slot % 4], 5) for slot in range(3 * len(Activation) + 1)]
@@ -87,7 +91,7 @@ def test_every_activation_and_input_against_the_reference(dtype: torch.dtype, ar
 def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
     columns, dtype = data.draw(st.sampled_from([8, 24, 65, 320])), data.draw(st.sampled_from(DTYPES))
     width = st.sampled_from([0, 1, 4, 8, 13, 40])
-    weights = make_weights([(data.draw(width), 1) for _ in range(4)], columns, data.draw(st.sampled_from(DTYPES)))
+    weights = make_weights([(data.draw(width), 1) for _ in range(4)], columns, data.draw(st.sampled_from(ARENAS)))
     starts, slots = [0], []
     for length in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5)):
         starts.append(starts[-1] + length)

@@ -13,8 +13,10 @@ from peftserve_kernels import RANK_PAGE_ROWS, LoraSlice, LoraWeights, Segments, 
 from peftserve_kernels.cpu.lora import lora_add
 from peftserve_kernels.lora import lora_add_reference
 from tests.kernels.native import ISAS, isa, same_bits, threads
+from tests.kernels.rank_page_writer import fill_with_nan, put_page, put_vector, room
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ARENAS = [*DTYPES, torch.int8]
 LAYERS = 2
 
 
@@ -41,11 +43,11 @@ def make_weights(
     width = max(max(piece.in_features, piece.out_features) for piece in slices)
     pages = rank_pages(max(max(row) for row in ranks)) or 1
     total = LAYERS * sum(2 * rank_pages(rank) + 1 for row in ranks for rank in row) + 1
-    page = RANK_PAGE_ROWS * width
+    page = room(width, dtype)
     weights = LoraWeights.empty(
         elements=total * page, slots=len(ranks), layers=LAYERS, targets=len(slices), pages=pages, dtype=dtype
     )
-    weights.arena.fill_(torch.nan)
+    fill_with_nan(weights.arena)
     free = (torch.randperm(total) * page).tolist()
     for slot, row in enumerate(ranks):
         for layer in range(LAYERS):
@@ -58,13 +60,12 @@ def make_weights(
                         offset = free.pop()
                         rows = min(RANK_PAGE_ROWS, rank - index * RANK_PAGE_ROWS)
                         table[at][index] = offset
-                        weights.arena[offset : offset + rows * size] = torch.randn(rows * size).to(dtype)
+                        put_page(weights.arena, offset, rows, size, is_first=table is weights.a_page)
                 if rank and slot in row_scaled:
                     offset = free.pop()
                     weights.row_scale[at] = offset
-                    weights.arena[offset : offset + features[1]] = (torch.rand(features[1]) - 0.5).to(dtype)
-                    shift = slice(offset + features[1], offset + 2 * features[1])
-                    weights.arena[shift] = torch.randn(features[1]).to(dtype)
+                    excess, shift = torch.rand(features[1]) - 0.5, torch.randn(features[1])
+                    put_vector(weights.arena, offset, torch.cat([excess, shift]))
     return weights
 
 
@@ -76,7 +77,7 @@ def assert_near(y: Tensor, reference: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arena", DTYPES)
+@pytest.mark.parametrize("arena", ARENAS)
 @pytest.mark.parametrize(
     ("columns", "outs"),
     [(1, (1,)), (7, (5, 3)), (33, (65, 1, 16)), (64, (64,)), (97, (130, 31)), (576, (576, 192, 192))],
@@ -101,7 +102,7 @@ def test_against_the_reference(dtype: torch.dtype, arena: torch.dtype, columns: 
 def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
     columns = data.draw(st.sampled_from([1, 24, 65, 576]))
     outs = data.draw(st.lists(st.sampled_from([1, 16, 40, 192]), min_size=1, max_size=3))
-    dtype, arena = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
+    dtype, arena = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(ARENAS))
     slices = make_slices(columns, outs)
     rank = st.sampled_from([0, 1, 3, 4, 8, 13, 64])
     weights = make_weights([[data.draw(rank) for _ in outs] for _ in range(3)], slices, arena, row_scaled=(1,))

@@ -77,7 +77,10 @@ class Job:
 
 
 class Driver:
-    """A model in `folder` with its caches, in `dtype`. Pages are handed out in a shuffled order."""
+    """A model in `folder` with its caches, in `dtype`; adapters in `adapter_dtype`, as `DeviceAdapterMemory` takes it.
+
+    Pages are handed out in a shuffled order.
+    """
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class Driver:
         max_rank: int = 64,
         max_tokens: int = 512,
         max_rows: int = 64,
+        adapter_dtype: torch.dtype | None = None,
         int8_activations: bool = False,
     ) -> None:
         self.spec = read_spec(folder)
@@ -105,6 +109,7 @@ class Driver:
             arena_bytes=arena_bytes,
             num_slots=num_slots,
             max_rank=max_rank,
+            dtype=adapter_dtype,
             base=weights,
             int8_activations=int8_activations,
         )

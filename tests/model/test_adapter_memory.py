@@ -11,7 +11,7 @@ import torch
 from peftserve.adapters import blobs
 from peftserve.adapters.formats import Activation as FileActivation
 from peftserve.adapters.formats import LoraAdapter, PrefixAdapter, parse
-from peftserve.adapters.formats.parsed import BottleneckAdapter, BottleneckSite
+from peftserve.adapters.formats.parsed import BottleneckAdapter, BottleneckSite, device_bytes
 from peftserve.adapters.store import AdapterStore
 from peftserve.engine.adapter_memory import HostAdapter, Placement
 from peftserve.errors import AdapterLoadError, InternalError
@@ -21,7 +21,7 @@ from peftserve.model.packing import PackedWeights
 from peftserve.model.spec import TARGET_NAMES, targets
 from peftserve.types import AdapterKind, AdapterRef
 from peftserve_kernels.activation import Activation, activate
-from peftserve_kernels.rank_pages import read_rank_rows
+from peftserve_kernels.rank_pages import quantize_rows, read_factors, read_rank_rows, read_vector, vector_dtype
 from tests import tiny_models
 from tests.adapters import files
 from tests.adapters.files import SPEC
@@ -37,12 +37,24 @@ class Device:
     """A memory with a store and a KV cache for `files.SPEC`."""
 
     def __init__(
-        self, root: Path, *, arena_bytes: int = 1 << 20, num_slots: int = 4, dtype: torch.dtype = torch.float32
+        self,
+        root: Path,
+        *,
+        arena_bytes: int = 1 << 20,
+        num_slots: int = 4,
+        dtype: torch.dtype = torch.float32,
+        adapter_dtype: torch.dtype | None = None,
     ) -> None:
         self.store = AdapterStore(root, SPEC, max_rank=MAX_RANK)
         self.kv = KvCache(SPEC, num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=dtype, device=torch.device("cpu"))
         self.memory = DeviceAdapterMemory(
-            SPEC, self.kv, root=root, arena_bytes=arena_bytes, num_slots=num_slots, max_rank=MAX_RANK
+            SPEC,
+            self.kv,
+            root=root,
+            arena_bytes=arena_bytes,
+            num_slots=num_slots,
+            max_rank=MAX_RANK,
+            dtype=adapter_dtype,
         )
 
     def load(self, made: tuple[dict[str, Any], files.Arrays], name: str = "demo") -> HostAdapter:
@@ -58,11 +70,20 @@ class Device:
         return parse(*blobs.read_adapter(self.store.root, host.ref.digest), SPEC, MAX_RANK)
 
 
-@pytest.fixture
-def device(tmp_path: Path) -> Iterator[Device]:
-    made = Device(tmp_path)
+@pytest.fixture(params=[None, torch.int8], ids=["float32", "int8"])
+def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
+    made = Device(tmp_path, adapter_dtype=request.param)
     yield made
     made.store.close()
+
+
+def kept(rows: torch.Tensor, arena: torch.Tensor) -> torch.Tensor:
+    """Rank rows as they come back from `arena`."""
+    if arena.dtype != torch.int8:
+        return rows
+    values, scales = quantize_rows(rows)
+    assert (values * scales[:, None] - rows).abs().max() <= rows.abs().max() / 254 * 1.01
+    return values * scales[:, None]
 
 
 def assert_lora_in_place(device: Device, host: HostAdapter, slot: int) -> None:
@@ -76,10 +97,11 @@ def assert_lora_in_place(device: Device, host: HostAdapter, slot: int) -> None:
             if module is None:
                 continue
             assert float(tables.scale[at]) == pytest.approx(module.scale)
-            a = read_rank_rows(tables.arena, tables.a_page[at].tolist(), module.rank, target.in_features)
-            b = read_rank_rows(tables.arena, tables.b_page[at].tolist(), module.rank, target.out_features)
-            assert torch.equal(a, torch.from_numpy(module.a.float32()))
-            assert torch.equal(b, torch.from_numpy(module.b.float32()).T)
+            pages = tables.a_page[at].tolist(), tables.b_page[at].tolist()
+            widths = target.in_features, target.out_features
+            a, b = read_factors(tables.arena, *pages, module.rank, widths)
+            assert torch.equal(a, kept(torch.from_numpy(module.a.float32()), tables.arena))
+            assert torch.equal(b, kept(torch.from_numpy(module.b.float32()).T, tables.arena))
 
 
 def assert_bottleneck_in_place(device: Device, host: HostAdapter, slot: int) -> None:
@@ -93,13 +115,13 @@ def assert_bottleneck_in_place(device: Device, host: HostAdapter, slot: int) -> 
             if module is None:
                 continue
             assert float(tables.scale[at]) == pytest.approx(module.scale)
-            down = read_rank_rows(tables.arena, tables.down_page[at].tolist(), module.width, size)
-            up = read_rank_rows(tables.arena, tables.up_page[at].tolist(), module.width, size)
-            assert torch.equal(down, torch.from_numpy(module.down.float32()))
-            assert torch.equal(up, torch.from_numpy(module.up.float32()).T)
+            pages = tables.down_page[at].tolist(), tables.up_page[at].tolist()
+            down, up = read_factors(tables.arena, *pages, module.width, (size, size))
+            assert torch.equal(down, kept(torch.from_numpy(module.down.float32()), tables.arena))
+            assert torch.equal(up, kept(torch.from_numpy(module.up.float32()).T, tables.arena))
             for bias, offset in ((module.down_bias, tables.down_bias), (module.up_bias, tables.up_bias)):
-                values = torch.from_numpy(bias.float32())
-                assert torch.equal(tables.arena[int(offset[at]) :][: len(values)], values)
+                values = torch.from_numpy(bias.float32()).to(vector_dtype(tables.arena.dtype)).float()
+                assert torch.equal(read_vector(tables.arena, int(offset[at]), len(values)), values)
 
 
 def is_scattered(memory: DeviceAdapterMemory, host: HostAdapter, slot: int) -> bool:
@@ -170,15 +192,19 @@ def test_bytes_follow_the_real_rank(device: Device) -> None:
         placement = device.place(device.load(files.lora(("q_proj",), rank=rank)))
         sizes[rank] = placement.device_bytes
         device.memory.release(placement, AdapterKind.LORA)
-    page = 8 * SPEC.hidden_size * 4
-    assert sizes == {1: 2 * 3 * page, 8: 2 * 3 * page, 9: 4 * 3 * page, 16: 4 * 3 * page}
+    is_int8 = device.memory.lora.arena.dtype == torch.int8
+    page = 8 * SPEC.hidden_size * (1 if is_int8 else 4)
+    both = 2 * page + (64 if is_int8 else 0)  # of a rank page of A and one of B
+    assert sizes == {1: 3 * both, 8: 3 * both, 9: 6 * both, 16: 6 * both}
 
 
 @pytest.mark.parametrize("made", [files.lora(rank=1), files.lora(rank=9), files.bottleneck(width=4)])
 def test_what_the_quota_of_pins_counts_is_what_is_placed(device: Device, made: tuple[Any, Any]) -> None:
     host = device.load(made)
     placement = device.place(host)
-    counted = device.parsed(host).details()["padded_weights"] * 4
+    dtype = str(device.memory.lora.arena.dtype).removeprefix("torch.")
+    counted = device_bytes(device.parsed(host).details(), dtype)
+    assert counted is not None
     assert counted <= placement.device_bytes <= 1.5 * counted  # tiny blocks begin at aligned places
     device.memory.release(placement, host.kind)
 

@@ -36,6 +36,9 @@ inline __m128i narrow(Vec x, Bf16) {
 inline __m128i narrow(Vec x, Half) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const Int8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 template <class T>
 inline Vec load(const T* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});

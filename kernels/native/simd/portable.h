@@ -41,6 +41,8 @@ inline float widen(Half x) {
   return value;
 }
 
+inline float widen(Int8 x) { return static_cast<float>(x.value); }
+
 // Round to nearest, ties to even; NaN stays NaN.
 inline Bf16 narrow(float x, Bf16) {
   std::uint32_t bits;

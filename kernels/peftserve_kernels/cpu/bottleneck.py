@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.extension import ARENA_DTYPES, DTYPES, ops
 from peftserve_kernels.cpu.threads import threads
 from peftserve_kernels.segments import Segments
 
@@ -46,7 +46,7 @@ def bottleneck_add(
         weights.activation.data_ptr(),
         weights.input_mode.data_ptr(),
         DTYPES[hidden.dtype],
-        DTYPES[weights.arena.dtype],
+        ARENA_DTYPES[weights.arena.dtype],
         tokens,
         columns,
         len(segments),

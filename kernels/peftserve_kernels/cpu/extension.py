@@ -25,12 +25,24 @@ else:
         ops = None
 
 HAS_NATIVE: Final[bool] = ops is not None
-__all__ = ["DTYPES", "ENVIRONMENT_VARIABLE", "HAS_NATIVE", "address", "native", "ops", "supported_isas", "use_isa"]
+__all__ = [
+    "ARENA_DTYPES",
+    "DTYPES",
+    "ENVIRONMENT_VARIABLE",
+    "HAS_NATIVE",
+    "address",
+    "native",
+    "ops",
+    "supported_isas",
+    "use_isa",
+]
 
 ENVIRONMENT_VARIABLE: Final = "PEFTSERVE_CPU_ISA"
 
 DTYPES: Final[Mapping[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The numbers of `Dtype` in kernels/native/types.h."""
+"""The numbers of `Dtype` in kernels/native/types.h: what activations and caches may be."""
+ARENA_DTYPES: Final[Mapping[torch.dtype, int]] = {**DTYPES, torch.int8: 3}
+"""And what adapters may be."""
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 

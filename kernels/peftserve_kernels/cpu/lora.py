@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from peftserve_kernels.cpu.extension import DTYPES, ops
+from peftserve_kernels.cpu.extension import ARENA_DTYPES, DTYPES, ops
 from peftserve_kernels.cpu.threads import threads
 from peftserve_kernels.segments import Segments
 
@@ -38,7 +38,7 @@ def lora_add(
         weights.b_page.data_ptr(),
         slices,
         DTYPES[y.dtype],
-        DTYPES[weights.arena.dtype],
+        ARENA_DTYPES[weights.arena.dtype],
         tokens,
         columns,
         y.shape[1],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftserve.adapters.faults import refusal
+from peftserve.adapters.formats.parsed import device_bytes
 from peftserve.adapters.manifest import AdapterRecord
 from peftserve.config import EngineConfig
 from peftserve.errors import ConflictError
@@ -19,8 +20,8 @@ class DeviceQuota:
     """Pins may hold `weight_bytes` for LoRA and bottleneck adapters together, `prefix_pages` of the KV cache, and
     `slots` of each kind.
 
-    All of this is `share`, a setting, of what the engine has: `device_bytes` and `kv_pages`. `element_bytes` is the
-    size of a weight on the device, `page_size` the tokens of a KV page.
+    All of this is `share`, a setting, of what the engine has: `device_bytes` and `kv_pages`. `adapter_dtype` is
+    the type of weights on the device, `page_size` the tokens of a KV page.
     """
 
     share: float
@@ -29,11 +30,11 @@ class DeviceQuota:
     weight_bytes: int
     prefix_pages: int
     slots: int
-    element_bytes: int
+    adapter_dtype: str
     page_size: int
 
     @classmethod
-    def of(cls, config: EngineConfig, *, adapter_device_bytes: int, kv_pages: int, element_bytes: int) -> "DeviceQuota":
+    def of(cls, config: EngineConfig, *, adapter_device_bytes: int, kv_pages: int, adapter_dtype: str) -> "DeviceQuota":
         """The quota that `max_pinned_share` of what the engine has comes to; `config` may leave the sizes open."""
         share = config.max_pinned_share
         return cls(
@@ -43,7 +44,7 @@ class DeviceQuota:
             weight_bytes=math.floor(share * adapter_device_bytes),
             prefix_pages=math.floor(share * kv_pages),
             slots=math.floor(share * config.max_device_adapters),
-            element_bytes=element_bytes,
+            adapter_dtype=adapter_dtype,
             page_size=config.page_size,
         )
 
@@ -55,8 +56,8 @@ class DeviceQuota:
             if pages > self.kv_pages:
                 raise refusal(f"its prefix needs {pages} KV pages, and kv_cache_bytes holds {self.kv_pages}")
             return
-        needed = int(details["padded_weights"]) * self.element_bytes
-        if needed > self.device_bytes:
+        needed = device_bytes(details, self.adapter_dtype)
+        if needed is not None and needed > self.device_bytes:
             raise refusal(
                 f"its weights take {needed} bytes of the device, and adapter_device_bytes is {self.device_bytes}"
             )
@@ -85,6 +86,5 @@ class DeviceQuota:
         return -(-int(details["num_virtual_tokens"]) // self.page_size)
 
     def _bytes(self, record: AdapterRecord) -> int:
-        # Versions published before there was a count: as many bytes as the file, which is near enough.
-        padded = record.details.get("padded_weights")
-        return record.size_bytes if padded is None else int(padded) * self.element_bytes
+        needed = device_bytes(record.details, self.adapter_dtype)
+        return record.size_bytes if needed is None else needed  # which is near enough

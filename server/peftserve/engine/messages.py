@@ -56,6 +56,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     spec: ModelSpec
     dtype: str
+    adapter_dtype: str
     device: str
     threads: int
     max_model_len: int

@@ -64,7 +64,8 @@ class _Slots:
 
 
 class DeviceAdapterMemory:
-    """Adapters in `kv.dtype`, on the KV cache's device, for a model of `spec`.
+    """Adapters on the KV cache's device, for a model of `spec`: LoRA and bottleneck weights in `dtype`, `kv.dtype`
+    unless it is given, or int8; prefixes in `kv.dtype`.
 
     `arena_bytes` bounds LoRA and bottleneck weights together, `num_slots` how many of each kind lie on the device at
     once, `max_rank` a LoRA's rank and a bottleneck's width. `root` is the folder that `adapters.blobs` reads. DoRAs
@@ -81,16 +82,17 @@ class DeviceAdapterMemory:
         arena_bytes: int,
         num_slots: int,
         max_rank: int,
+        dtype: torch.dtype | None = None,
         base: ModelWeights | None = None,
         int8_activations: bool = False,
     ) -> None:
         self._spec = spec
         self._kv = kv
         self._root = root
-        self._dtype = kv.dtype
+        self._dtype = dtype or kv.dtype
         self._device = kv.k.device
         self._max_rank = max_rank
-        self._arena = Arena(arena_bytes // kv.dtype.itemsize)
+        self._arena = Arena(arena_bytes // self._dtype.itemsize)
         self._slots = {AdapterKind.LORA: _Slots(num_slots), AdapterKind.BOTTLENECK: _Slots(num_slots)}
         self._uploads = Uploads(self._device)
         arena = zeros((self._arena.capacity,), self._dtype, self._device, huge_pages=True)
@@ -227,7 +229,7 @@ class DeviceAdapterMemory:
         if isinstance(adapter, BottleneckAdapter):
             return pack_bottleneck(adapter, self._spec, dtype=self._dtype, max_rank=self._max_rank)
         if isinstance(adapter, PrefixAdapter):
-            return pack_prefix(adapter, dtype=self._dtype, page_size=self._kv.page_size)
+            return pack_prefix(adapter, dtype=self._kv.dtype, page_size=self._kv.page_size)
         if self._prompts is None:
             raise InternalError("a prompt was to be loaded without the base's weights")
         return self._prompts.encode(adapter)

@@ -1,7 +1,7 @@
 """Adapters as the rest of the server sees them: validated against the base, independent of who wrote the file."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,24 @@ from peftserve.adapters.safetensors import TensorView
 from peftserve.model.spec import TARGET_NAMES
 from peftserve.types import AdapterKind
 
-_PAGE_ROWS = 8  # as `peftserve_kernels.rank_pages`, which needs torch; a test compares what comes of it
+# As in `peftserve_kernels.rank_pages`, which needs torch; a test compares what comes of it.
+_PAGE_ROWS = 8
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_SCALES_BYTES = 8  # of a row of the first factor, with int8
+
+
+def device_bytes(details: Mapping[str, Any], adapter_dtype: str) -> int | None:
+    """What the weights of a LoRA or bottleneck adapter take on a device that keeps them in `adapter_dtype`.
+
+    None for `details` of a version that was published before there was a count. Blocks begin at aligned places, which
+    is not counted.
+    """
+    if "padded_weights" not in details:
+        return None
+    needed = int(details["padded_weights"]) * _ELEMENT_BYTES[adapter_dtype]
+    if adapter_dtype == "int8":  # vectors are bfloat16
+        needed += int(details.get("vector_weights", 0)) + _SCALES_BYTES * int(details.get("padded_rows", 0))
+    return needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +47,10 @@ class LoraModule:
     magnitude: TensorView | None = None
 
     @property
-    def padded_weights(self) -> int:
-        """As they lie on the device."""
+    def size(self) -> "_Size":
+        """As it lies on the device."""
         row_scales = 0 if self.magnitude is None else 2 * self.magnitude.shape[0]
-        return _padded(self.rank) * (self.a.shape[1] + self.b.shape[0]) + row_scales
+        return _Size.of(self.rank, self.a.shape[1] + self.b.shape[0], row_scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +75,7 @@ class LoraAdapter:
             "target_modules": [name for index, name in enumerate(TARGET_NAMES) if index in used],
             "layers": len({layer for layer, _ in self.modules}),
             "use_dora": any(module.magnitude is not None for module in self.modules.values()),
-            "padded_weights": sum(module.padded_weights for module in self.modules.values()),
+            **_sizes(module.size for module in self.modules.values()),
         }
 
 
@@ -170,6 +187,12 @@ class BottleneckModule:
     up: TensorView
     up_bias: TensorView
 
+    @property
+    def size(self) -> "_Size":
+        """As it lies on the device."""
+        hidden = self.down.shape[1]
+        return _Size.of(self.width, 2 * hidden, hidden + self.width)
+
 
 @dataclass(frozen=True, slots=True)
 class BottleneckAdapter:
@@ -194,9 +217,7 @@ class BottleneckAdapter:
             "activation": self.activation.value,
             "input": self.input_mode.value,
             "layers": len({layer for layer, _ in self.sites}),
-            "padded_weights": sum(
-                (2 * _padded(module.width) + 1) * module.down.shape[1] + module.width for module in self.sites.values()
-            ),
+            **_sizes(module.size for module in self.sites.values()),
         }
 
 
@@ -204,9 +225,28 @@ def _virtual_token_details(peft_type: str, count: int, num_layers: int) -> dict[
     return {"source_format": "peft", "peft_type": peft_type, "num_virtual_tokens": count, "layers": num_layers}
 
 
-def _padded(rank: int) -> int:
-    """Rank rows as they lie on the device, in pages of 8."""
-    return -(-rank // _PAGE_ROWS) * _PAGE_ROWS
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """A module on the device: `rows` of each factor, in pages of 8; all its `weights`; `vectors`: those in no rows."""
+
+    rows: int
+    weights: int
+    vectors: int
+
+    @classmethod
+    def of(cls, rank: int, columns: int, vectors: int) -> "_Size":
+        """`columns`: of both factors together."""
+        rows = -(-rank // _PAGE_ROWS) * _PAGE_ROWS
+        return cls(rows, rows * columns + vectors, vectors)
+
+
+def _sizes(of: Iterable[_Size]) -> dict[str, int]:
+    sizes = list(of)
+    return {
+        "padded_weights": sum(size.weights for size in sizes),
+        "padded_rows": sum(size.rows for size in sizes),
+        "vector_weights": sum(size.vectors for size in sizes),
+    }
 
 
 Adapter: TypeAlias = LoraAdapter | PrefixAdapter | PromptAdapter | BottleneckAdapter
