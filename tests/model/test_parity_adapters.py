@@ -83,7 +83,7 @@ def test_eight_bits_of_what_eight_bits_hold(rank: int, dora: bool, folder: Path,
 def test_eight_bits_change_less_than_sixteen_bit_activations(folder: Path, base: Any, tmp_path: Path) -> None:
     """Mean errors over PEFT's top five, teacher-forced, of adapters that change each layer's output by a tenth."""
     loras = [
-        oracle.save_lora(base, tmp_path / f"lora-{rank}", rank=rank, targets="all", seed=rank, gain=0.05, dora=rank == 6)
+        oracle.save_lora(base, tmp_path / f"{rank}", rank=rank, targets="all", seed=rank, gain=0.05, dora=rank == 6)
         for rank in (1, 6, 16, 64)
     ]
 

@@ -81,7 +81,14 @@ def adapters(base: Any, texts: list[list[int]], tmp_path_factory: pytest.TempPat
     return Adapters(tuple(peft), tuple(root / kind for kind in BOTTLENECKS))
 
 
-def open_driver(folder: Path, dtype: torch.dtype, root: Path, *, int8_activations: bool = False) -> Driver:
+def open_driver(
+    folder: Path,
+    dtype: torch.dtype,
+    root: Path,
+    adapter_dtype: torch.dtype | None = None,
+    *,
+    int8_activations: bool = False,
+) -> Driver:
     return Driver(
         folder,
         dtype=dtype,
@@ -89,6 +96,7 @@ def open_driver(folder: Path, dtype: torch.dtype, root: Path, *, int8_activation
         store=root / "store",
         max_rank=288,
         arena_bytes=1 << 28,
+        adapter_dtype=adapter_dtype,
         int8_activations=int8_activations,
     )
 
@@ -122,19 +130,21 @@ def test_float32_all_kinds_in_one_batch(driver: Driver, base: Any, adapters: Ada
 
 
 @pytest.mark.parametrize(
-    ("int8_activations", "limit", "margin"),
+    ("adapter_dtype", "int8_activations", "limit", "margin"),
     [
-        (False, 1.0, MARGIN),
+        (torch.bfloat16, False, 1.0, MARGIN),
+        (torch.int8, False, 1.0, MARGIN),
         pytest.param(
-            *(True, 3.0, 1.0),
+            *(torch.int8, True, 3.0, 1.0),
             marks=pytest.mark.skipif(
                 why_no_int8_inputs(torch.device("cpu"), torch.bfloat16) is not None, reason="no int8 inputs here"
             ),
         ),
     ],
-    ids=["default", "int8"],
+    ids=["bfloat16-adapters", "default", "int8-activations"],
 )
 def test_bfloat16_is_no_worse_than_transformers(
+    adapter_dtype: torch.dtype,
     int8_activations: bool,
     limit: float,
     margin: float,
@@ -150,7 +160,7 @@ def test_bfloat16_is_no_worse_than_transformers(
     With int8 activations ours are three times as large at most.
     """
     folders = [None, *adapters.peft]
-    driver = open_driver(smollm2, torch.bfloat16, tmp_path, int8_activations=int8_activations)
+    driver = open_driver(smollm2, torch.bfloat16, tmp_path, adapter_dtype, int8_activations=int8_activations)
     jobs = [
         Job(text[:12], len(text) - 12, adapter=adapter, forced=text[12:], chunks=(5,))
         for adapter in [driver.add(folder) if folder else None for folder in folders]
