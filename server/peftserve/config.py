@@ -68,7 +68,7 @@ class EngineConfig(_Frozen):
     adapter_dtype: Literal["auto", "model", "int8"] = Field(
         "auto",
         description="How LoRA and bottleneck weights are kept: model as activations are, int8 in 8 bits with a scale a "
-        "rank row (CPU only); auto is int8 on the CPU, unless activations are float32",
+        "rank row; auto is int8 on the CPU, unless activations are float32",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the engine; 0: a thread for each core the process may use"

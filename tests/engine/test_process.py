@@ -133,6 +133,25 @@ async def test_an_unknown_adapter_fails_its_request_with_the_reason(client: Engi
     assert "ghost" in events[-1].error.message
 
 
+@pytest.mark.parametrize(
+    ("settings", "adapter_dtype"),
+    [
+        ({"dtype": "bfloat16"}, "int8"),
+        ({"dtype": "bfloat16", "adapter_dtype": "model"}, "bfloat16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "adapter_dtype": "int8"}, "int8"),
+    ],
+)
+async def test_how_it_keeps_adapters(
+    settings: dict[str, str], adapter_dtype: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    engine = make_client(tiny_checkpoint, tmp_path, **settings)
+    await engine.start()
+    assert engine.info is not None
+    assert (engine.info.dtype, engine.info.adapter_dtype) == (settings["dtype"], adapter_dtype)
+    await engine.stop()
+
+
 async def test_what_keeps_it_from_starting_is_raised(tiny_checkpoint: Path, tmp_path: Path) -> None:
     engine = make_client(tiny_checkpoint, tmp_path, max_model_len=100_000)
     with pytest.raises(ConfigurationError, match="max_model_len: 100000 exceeds the model's 512"):

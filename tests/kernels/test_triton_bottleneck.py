@@ -21,6 +21,7 @@ from tests.kernels.native import same_bits
 from tests.kernels.test_native_bottleneck import activations, make_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ARENAS = [*DTYPES, torch.int8]
 CUDA = [target for target in TARGETS if target.backend == "cuda"]
 FAR = 1 << 50  # an offset that nobody may follow
 
@@ -44,8 +45,9 @@ def check(
     actual, expected = before.clone(), before.clone()
     op.bottleneck_add_reference(expected, hidden, residual, segments, weights, 1, site)
     gpu.bottleneck_add(actual, hidden, residual, segments, weights, 1, site)
-    # with bfloat16 weights, the inputs of both products keep 16 bits
-    assert_close(actual, expected, rtol=1e-5, atol=2e-4 if weights.arena.dtype == torch.bfloat16 else 1e-5)
+    # with weights of bfloat16 and of 8 bits, the inputs of both products keep 16 bits
+    is_short = weights.arena.dtype in (torch.bfloat16, torch.int8)
+    assert_close(actual, expected, rtol=1e-5, atol=2e-4 if is_short else 1e-5)
     inside = torch.zeros(tokens, dtype=torch.bool)
     for start, end, _ in segments.bounds:
         inside[start:end] = True
@@ -76,10 +78,10 @@ def test_activations(kind: Activation) -> None:
     assert_close(y.double(), expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_activation_and_input(dtype: torch.dtype) -> None:
-    columns = 33
-    weights = make_case([((1, 8, 13, 20)[slot % 4], 0) for slot in range(len(Activation))], columns, dtype)
+@pytest.mark.parametrize("arena", ARENAS)
+def test_every_activation_and_input(arena: torch.dtype) -> None:
+    columns, dtype = 33, torch.bfloat16 if arena == torch.int8 else arena
+    weights = make_case([((1, 8, 13, 20)[slot % 4], 0) for slot in range(len(Activation))], columns, arena)
     slots = torch.randperm(len(Activation)).tolist()
     starts = [1, *(2 + index for index in range(len(slots)))]
     check(Segments.build(starts, slots), starts[-1] + 1, weights, columns, dtype)
@@ -109,11 +111,12 @@ def test_segments(monkeypatch: pytest.MonkeyPatch, start: list[int], slot: list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arena", ARENAS)
 @pytest.mark.parametrize("columns", [8, 33, 64, 320])
-def test_sizes(dtype: torch.dtype, columns: int) -> None:
+def test_sizes(arena: torch.dtype, columns: int) -> None:
+    dtype = torch.bfloat16 if arena == torch.int8 else arena
     widths = [((1, 8, 13, 40)[slot % 4], 5) for slot in range(len(Activation) + 1)]
-    weights = make_case([*widths, (0, 0)], columns, dtype)
+    weights = make_case([*widths, (0, 0)], columns, arena)
     slots = torch.randperm(len(widths) + 1).tolist()
     starts = [1]
     for slot in slots:
@@ -127,8 +130,9 @@ def test_float32_weights_under_a_bf16_model() -> None:
     check(Segments.build([0, 2, 4, 6], [0, 1, 2]), 6, weights, 40, torch.bfloat16)
 
 
-def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = make_case([(9, 0), (33, 0)], 80, torch.bfloat16)
+@pytest.mark.parametrize("arena", [torch.bfloat16, torch.int8])
+def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch, arena: torch.dtype) -> None:
+    weights = make_case([(9, 0), (33, 0)], 80, arena)
     segments = Segments.build([0, 1, 18], [0, 1])
     use(monkeypatch, fused=True, columns=64)
     before, hidden, residual, whole = check(segments, 18, weights, 80, torch.bfloat16)
@@ -149,8 +153,9 @@ def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
 def check_tokens_alone(data: st.DataObject) -> None:
     torch.manual_seed(0)  # hypothesis repeats examples, and wants the same of each
     columns, dtype = data.draw(st.sampled_from([8, 24, 65])), data.draw(st.sampled_from(DTYPES))
+    arena = torch.int8 if dtype == torch.bfloat16 and data.draw(st.booleans()) else dtype
     width = st.sampled_from([0, 1, 8, 13, 33])
-    weights = make_case([(data.draw(width), 1) for _ in range(4)], columns, dtype)
+    weights = make_case([(data.draw(width), 1) for _ in range(4)], columns, arena)
     starts, slots = [data.draw(st.integers(0, 2))], []
     for length in data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4)):
         starts.append(starts[-1] + length)

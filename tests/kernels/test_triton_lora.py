@@ -82,7 +82,11 @@ def test_segments(monkeypatch: pytest.MonkeyPatch, start: list[int], slot: list[
 
 
 @pytest.mark.parametrize(
-    ("dtype", "arena"), [*zip(DTYPES, DTYPES, strict=True), *((dtype, torch.float32) for dtype in DTYPES[1:])]
+    ("dtype", "arena"),
+    [
+        *zip(DTYPES, DTYPES, strict=True),
+        *((dtype, arena) for dtype in DTYPES[1:] for arena in (torch.float32, torch.int8)),
+    ],
 )
 def test_dtypes(dtype: torch.dtype, arena: torch.dtype) -> None:
     weights, slices = make_case(33, (65, 1, 16), [[9, 1, 8], [3, 16, 17]], dtype, arena)
@@ -90,20 +94,21 @@ def test_dtypes(dtype: torch.dtype, arena: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "arena"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.int8)])
 @pytest.mark.parametrize(
     ("columns", "outs"), [(1, (1,)), (7, (5, 3)), (97, (130, 31)), (576, (576, 192, 192)), (4100, (64,))]
 )
-def test_sizes(dtype: torch.dtype, columns: int, outs: tuple[int, ...]) -> None:
+def test_sizes(dtype: torch.dtype, arena: torch.dtype, columns: int, outs: tuple[int, ...]) -> None:
     ranks = [[(1, 8, 9)[(slot + target) % 3] for target in range(len(outs))] for slot in range(3)]
-    weights, slices = make_case(columns, outs, [*ranks, [64] * len(outs), [0] * len(outs)], dtype, dtype)
+    weights, slices = make_case(columns, outs, [*ranks, [64] * len(outs), [0] * len(outs)], dtype, arena)
     check(Segments.build([1, 2, 4, 4, 21, 24, 61], [0, 3, 1, 1, 4, 2]), 63, weights, slices, dtype)
 
 
-def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arena", [torch.bfloat16, torch.int8])
+def test_what_is_launched_changes_no_bit(monkeypatch: pytest.MonkeyPatch, arena: torch.dtype) -> None:
     """One launch or two, over any number of columns and rank groups, with several column splits."""
     monkeypatch.setattr(gpu, "SPLIT_COLUMNS", 32)
-    weights, slices = make_case(75, (140, 30), [[33, 9], [16, 4]], torch.bfloat16, torch.bfloat16)
+    weights, slices = make_case(75, (140, 30), [[33, 9], [16, 4]], torch.bfloat16, arena)
     segments = Segments.build([0, 1, 6], [1, 0])
     use(monkeypatch, fused=True, columns=64)
     x, before, whole = check(segments, 6, weights, slices, torch.bfloat16)
@@ -123,11 +128,12 @@ def test_a_token_has_the_same_bits_in_every_batch(data: st.DataObject) -> None:
 
 def check_tokens_alone(data: st.DataObject) -> None:
     torch.manual_seed(0)  # hypothesis repeats examples, and wants the same of each
-    dtype = data.draw(st.sampled_from(DTYPES))
+    dtype, is_int8 = data.draw(st.sampled_from([*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True)]))
     outs = data.draw(st.lists(st.sampled_from([1, 16, 40]), min_size=1, max_size=2))
     rank = st.sampled_from([0, 1, 3, 8, 13, 33])
     ranks = [[data.draw(rank) for _ in outs] for _ in range(3)]
-    weights, slices = make_case(data.draw(st.sampled_from([1, 24, 65])), outs, ranks, dtype, dtype)
+    arena = torch.int8 if is_int8 else dtype
+    weights, slices = make_case(data.draw(st.sampled_from([1, 24, 65])), outs, ranks, dtype, arena)
     starts, slots = [data.draw(st.integers(0, 2))], []
     for length in data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4)):
         starts.append(starts[-1] + length)

@@ -53,11 +53,16 @@ def jobs(driver: Driver, every_kind: list[Path]) -> list[Job]:
     return [*found, Job([5, 9, 11], 4, adapter=placed[1], params=penalties)]
 
 
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.int8])
 def test_all_kinds_in_one_batch_give_the_tokens_of_the_cpu_path(
-    base_folder: Path, every_kind: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+    adapter_dtype: torch.dtype,
+    base_folder: Path,
+    every_kind: list[Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     def run(name: str) -> list[Job]:
-        driver = Driver(base_folder, store=tmp_path / name)
+        driver = Driver(base_folder, store=tmp_path / name, adapter_dtype=adapter_dtype)
         found = jobs(driver, every_kind)
         driver.run(*found)
         driver.close()

@@ -23,9 +23,11 @@ from peftserve_kernels.gpu.low_rank import (
     expand,
     inner_ptrs,
     num_pieces,
+    row_scales,
     shrink,
     tile_at,
     tuning_for,
+    vector_ptr,
 )
 from peftserve_kernels.segments import TILE_TOKENS, Segments
 
@@ -33,10 +35,14 @@ _SITES = tl.constexpr(NUM_SITES)
 _HIDDEN = tl.constexpr(BottleneckInput.HIDDEN.value)
 _RESIDUAL = tl.constexpr(BottleneckInput.RESIDUAL.value)
 
+# With int8, which is widened first, blocks are smaller, so that there is room for two programs of eight warps on an SM.
 _TUNING: Final = (
     (("cuda", 100, torch.bfloat16), Tuning(32, 256, 8, 3, 148)),
+    (("cuda", 100, torch.int8), Tuning(16, 128, 8, 3, 148)),
     (("cuda", 90, torch.bfloat16), Tuning(32, 256, 8, 3, 132)),
+    (("cuda", 90, torch.int8), Tuning(16, 128, 8, 3, 132)),
     (("cuda", 0, torch.bfloat16), Tuning(32, 256, 8, 3, 108)),
+    (("cuda", 0, torch.int8), Tuning(16, 128, 8, 3, 108)),
     (("cuda", 100, torch.float16), Tuning(32, 256, 8, 3, 148)),
     (("cuda", 90, torch.float16), Tuning(32, 256, 8, 3, 132)),
     (("cuda", 0, torch.float16), Tuning(32, 256, 8, 3, 108)),
@@ -44,6 +50,7 @@ _TUNING: Final = (
     (("cuda", 90, torch.float32), Tuning(16, 64, 8, 3, 132)),
     (("cuda", 0, torch.float32), Tuning(16, 64, 8, 3, 108)),
     (("hip", 0, torch.bfloat16), Tuning(32, 256, 4, 2, 304)),
+    (("hip", 0, torch.int8), Tuning(32, 256, 4, 2, 304)),
     (("hip", 0, torch.float16), Tuning(32, 256, 4, 2, 304)),
     (("hip", 0, torch.float32), Tuning(16, 128, 4, 2, 304)),
 )
@@ -90,7 +97,10 @@ def _shrink_to(  # type: ignore[no-untyped-def]
     # of the sum, every warp has them all.
     at = tl.arange(0, TOKENS)[:, None] * 0 + rows[None, :]
     bias = tl.load(bias_ptr + at, mask=at < width, other=0.0).to(tl.float32)
-    tl.store(inner_ptrs(inner_ptr, rank_begin, RANK_ROOM), activate(kind, bias + inner))
+    inner = activate(kind, bias + inner)
+    if arena_ptr.dtype.element_ty == tl.int8:
+        inner *= row_scales(arena_ptr, page_ptr, rows, width, True)[None, :]
+    tl.store(inner_ptrs(inner_ptr, rank_begin, RANK_ROOM), inner)
 
 
 @triton.jit
@@ -168,7 +178,7 @@ def bottleneck_add_kernel(  # type: ignore[no-untyped-def]
     part = (tile * tl.num_programs(1) + piece).to(tl.int64)
     inner_ptr += part * (TOKENS * RANK_ROOM)
     kind, mode = tl.load(activation_ptr + slot), tl.load(input_mode_ptr + slot)
-    bias_ptr = arena_ptr + tl.multiple_of(tl.load(down_bias_ptr + table), 8)
+    bias_ptr = vector_ptr(arena_ptr, tl.load(down_bias_ptr + table))
     for rank_begin in range(0, width, RANK_STEP):
         # fmt: off
         _shrink_to(
@@ -179,7 +189,7 @@ def bottleneck_add_kernel(  # type: ignore[no-untyped-def]
         # fmt: on
     # The program's threads read what others of them wrote.
     tl.debug_barrier()
-    bias_ptr = arena_ptr + tl.multiple_of(tl.load(up_bias_ptr + table), 8)
+    bias_ptr = vector_ptr(arena_ptr, tl.load(up_bias_ptr + table))
     # fmt: off
     _expand_into(
         stream_ptr, stream_stride, tl.load(scale_ptr + table), first, end, inner_ptr, arena_ptr,
@@ -220,7 +230,7 @@ def bottleneck_shrink_kernel(  # type: ignore[no-untyped-def]
     table = (slot * layers + layer) * _SITES + site
     width = tl.load(width_ptr + table)
     kind, mode = tl.load(activation_ptr + slot), tl.load(input_mode_ptr + slot)
-    bias_ptr = arena_ptr + tl.multiple_of(tl.load(down_bias_ptr + table), 8)
+    bias_ptr = vector_ptr(arena_ptr, tl.load(down_bias_ptr + table))
     for rank_begin in range(tl.program_id(1) * RANK_STEP, width, tl.num_programs(1) * RANK_STEP):
         # fmt: off
         _shrink_to(
@@ -261,7 +271,7 @@ def bottleneck_expand_kernel(  # type: ignore[no-untyped-def]
     width = tl.load(width_ptr + table)
     if width == 0:
         return
-    bias_ptr = arena_ptr + tl.multiple_of(tl.load(up_bias_ptr + table), 8)
+    bias_ptr = vector_ptr(arena_ptr, tl.load(up_bias_ptr + table))
     # fmt: off
     _expand_into(
         stream_ptr, stream_stride, tl.load(scale_ptr + table), first, end,

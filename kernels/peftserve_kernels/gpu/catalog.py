@@ -132,7 +132,9 @@ def calls(model: Model, rows: int, dtype: torch.dtype) -> Iterator[Call]:
         yield batch.attention()
         return
     yield from batch.linears()
-    yield from batch.adapters()
+    yield from batch.adapters(dtype)
+    if dtype == torch.bfloat16:
+        yield from batch.adapters(torch.int8, " int8")
     yield batch.attention()
     yield batch.rope()
     yield from batch.elementwise()
@@ -178,7 +180,8 @@ class _Batch(NamedTuple):
             moved = vocab * hidden * size + self.rows * (hidden * size + vocab * 4)
             yield Call("linear_logits", run, Work(moved, 2 * self.rows * hidden * vocab), is_matrix=True)
 
-    def adapters(self) -> Iterator[Call]:
+    def adapters(self, weights: torch.dtype, suffix: str = "") -> Iterator[Call]:
+        """Of adapters whose `weights` are of this dtype; calls' names end with `suffix`."""
         count = min(_ADAPTERS, self.rows) if self.is_decode else 1
         start = [self.rows * index // count for index in range(count + 1)]
         segments = Segments.build(start, list(range(count)), device="meta")
@@ -189,7 +192,7 @@ class _Batch(NamedTuple):
             layers=self.model.layers,
             targets=_TARGETS,
             pages=_RANK_PAGES,
-            dtype=self.dtype,
+            dtype=weights,
             device="meta",
         )
         target = 0
@@ -202,14 +205,15 @@ class _Batch(NamedTuple):
             y, x = self.empty(self.rows, outputs), self.empty(self.rows, inputs)
             run = partial(lora_add, y, x, segments, lora, _LAYER, tuple(slices))
             factors = _RANK * (len(parts) * inputs + outputs)
-            work = Work((count * factors + self.rows * (inputs + 2 * outputs)) * size, 2 * self.rows * factors)
-            yield Call(f"lora_add {name}", run, work, is_matrix=True)
+            moved = count * factors * weights.itemsize + self.rows * (inputs + 2 * outputs) * size
+            work = Work(moved, 2 * self.rows * factors)
+            yield Call(f"lora_add {name}{suffix}", run, work, is_matrix=True)
         bottleneck = BottleneckWeights.empty(
             elements=1 << 26,
             slots=_SLOTS,
             layers=self.model.layers,
             pages=_RANK_PAGES,
-            dtype=self.dtype,
+            dtype=weights,
             device="meta",
         )
         stream = self.empty(self.rows, hidden, dtype=torch.float32)
@@ -224,8 +228,8 @@ class _Batch(NamedTuple):
             BottleneckSite.FFN,
         )
         factors = 2 * _WIDTH * hidden
-        moved = count * factors * size + self.rows * hidden * (size + 12)
-        yield Call("bottleneck_add", run, Work(moved, 2 * self.rows * factors), is_matrix=True)
+        moved = count * factors * weights.itemsize + self.rows * hidden * (size + 12)
+        yield Call(f"bottleneck_add{suffix}", run, Work(moved, 2 * self.rows * factors), is_matrix=True)
 
     def attention(self) -> Call:
         model, rows, size = self.model, self.rows, self.dtype.itemsize

@@ -24,9 +24,11 @@ from peftserve_kernels.gpu.low_rank import (
     expand,
     inner_ptrs,
     num_pieces,
+    row_scales,
     shrink,
     tile_at,
     tuning_for,
+    vector_ptr,
 )
 from peftserve_kernels.lora import LoraSlice, LoraWeights
 from peftserve_kernels.segments import TILE_TOKENS, Segments
@@ -36,11 +38,15 @@ SPLIT_COLUMNS: Final = 4096
 
 # By (backend, least arch, dtype of the weights): the first row that applies. Eight warps rather than four with twice
 # the columns: half the chain of products a warp, and no kernel near its limit of registers. With float16 t meets B
-# in TF32 (`dot_wide`), operands twice as wide: 256 columns spill on sm_90, 128 on sm_80.
+# in TF32 (`dot_wide`), operands twice as wide: 256 columns spill on sm_90, 128 on sm_80. With int8, which is widened
+# first, they spill on sm_100.
 _TUNING: Final = (
     (("cuda", 100, torch.bfloat16), Tuning(32, 256, 8, 4, 148)),
+    (("cuda", 100, torch.int8), Tuning(32, 128, 8, 4, 148)),
     (("cuda", 90, torch.bfloat16), Tuning(32, 256, 8, 4, 132)),
+    (("cuda", 90, torch.int8), Tuning(32, 128, 8, 4, 132)),
     (("cuda", 0, torch.bfloat16), Tuning(32, 256, 8, 4, 108)),
+    (("cuda", 0, torch.int8), Tuning(32, 128, 8, 4, 108)),
     (("cuda", 100, torch.float16), Tuning(32, 128, 8, 4, 148)),
     (("cuda", 90, torch.float16), Tuning(32, 128, 8, 4, 132)),
     (("cuda", 0, torch.float16), Tuning(32, 256, 8, 4, 108)),
@@ -48,6 +54,7 @@ _TUNING: Final = (
     (("cuda", 90, torch.float32), Tuning(16, 64, 8, 3, 132)),
     (("cuda", 0, torch.float32), Tuning(16, 64, 8, 3, 108)),
     (("hip", 0, torch.bfloat16), Tuning(64, 256, 4, 2, 304)),
+    (("hip", 0, torch.int8), Tuning(64, 256, 4, 2, 304)),
     (("hip", 0, torch.float16), Tuning(64, 256, 4, 2, 304)),
     (("hip", 0, torch.float32), Tuning(32, 128, 4, 2, 304)),
 )
@@ -112,6 +119,9 @@ def _shrink_to(  # type: ignore[no-untyped-def]
             stop, 0, False, BLOCK_K, WARPS, TF32,
         )
         # fmt: on
+    if arena_ptr.dtype.element_ty == tl.int8:
+        rows = rank_begin + tl.arange(0, RANK_STEP)
+        inner *= row_scales(arena_ptr, page_ptr, rows, rank, True)[None, :]
     tl.store(inner_ptrs(inner_ptr, rank_begin, RANK_ROOM), inner)
 
 
@@ -143,7 +153,7 @@ def _expand_into(  # type: ignore[no-untyped-def]
     """
     tokens = first + tl.arange(0, TOKENS)
     rows = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + offset
-    excess_ptr = arena_ptr + tl.multiple_of(row_scale, 8)
+    excess_ptr = vector_ptr(arena_ptr, row_scale)
     scaled = tl.where(row_scale < 0, 0, width)
     for block in range(begin, tl.minimum(begin + COLUMNS, width), BLOCK_N):
         columns = block + tl.arange(0, BLOCK_N)

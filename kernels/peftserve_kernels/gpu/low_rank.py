@@ -3,7 +3,8 @@
 A program takes one tile, at most 16 tokens of one segment, always as the 16 rows of its tensor-core products: what is
 computed for a token depends on nothing but that token. shrink: t = x A^T, columns in chunks of `num_warps` times
 BLOCK_K; each warp sums its own part of every chunk, and the warps' sums are added at the end, so that no sum waits for
-a chain of products as long as the row. expand: t B, rank rows ascending.
+a chain of products as long as the row. expand: t B, rank rows ascending. Rows of 8 bits are multiplied as the 16-bit
+values that they are exactly, and t by the scales.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from peftserve_kernels.gpu.device import dot, rounded
+from peftserve_kernels.gpu.device import dot, from_int8, rounded
 from peftserve_kernels.gpu.launch import Target
-from peftserve_kernels.rank_pages import RANK_PAGE_ROWS
+from peftserve_kernels.rank_pages import RANK_PAGE_ROWS, SCALES_ELEMENTS
 from peftserve_kernels.segments import TILE_TOKENS
 
 TOKENS = tl.constexpr(TILE_TOKENS)
 RANK_STEP = tl.constexpr(16)
 """Rank rows taken at once: two pages, and the depth of a 16-bit tensor-core product."""
 _PAGE_ROWS = tl.constexpr(RANK_PAGE_ROWS)
+_SCALES_ELEMENTS = tl.constexpr(SCALES_ELEMENTS)
 
 _FUSED_WEIGHTS: Final = 1 << 18
 """The most weights that a program may read again, so that its output columns need no second launch.
@@ -125,6 +127,23 @@ def rank_row_offsets(page_ptr, rows, rank, width):  # type: ignore[no-untyped-de
 
 
 @triton.jit
+def row_scales(arena_ptr, page_ptr, rows, rank, SECOND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32: the scales of rank rows of 8 bits, by the pages of the first factor: its own, or those of the second."""
+    page = tl.load(page_ptr + rows // _PAGE_ROWS, mask=rows < rank, other=0)
+    scale_ptrs = (arena_ptr + tl.multiple_of(page, 8)).to(tl.pointer_type(tl.float32))
+    return tl.load(scale_ptrs + SECOND * _PAGE_ROWS + rows % _PAGE_ROWS, mask=rows < rank, other=0.0)
+
+
+@triton.jit
+def vector_ptr(arena_ptr, offset):  # type: ignore[no-untyped-def]
+    """Where values lie that are no rank rows."""
+    pointer = arena_ptr + tl.multiple_of(offset, 8)
+    if arena_ptr.dtype.element_ty == tl.int8:
+        pointer = pointer.to(tl.pointer_type(tl.bfloat16))
+    return pointer
+
+
+@triton.jit
 def shrink(  # type: ignore[no-untyped-def]
     x_ptr,
     x_stride,
@@ -149,9 +168,10 @@ def shrink(  # type: ignore[no-untyped-def]
     """float32 [16, RANK_STEP]: columns begin .. stop of tokens first .. end times rank rows rank_begin ... .
 
     The input is x or, with HAS_RESIDUAL, the float32 sum of x and residual; the columns of each count up to its own
-    stop (at most `stop`). Missing tokens and rank rows give 0. x meets weights of its own dtype as it is, and others as
-    float32; a sum is split as by `dot_wide`.
+    stop (at most `stop`). Missing tokens and rank rows give 0. x meets weights of its own dtype and of 8 bits as it is,
+    and others as float32; a sum is split as by `dot_wide`.
     """
+    IS_INT8: tl.constexpr = arena_ptr.dtype.element_ty == tl.int8
     tokens = first + tl.arange(0, TOKENS)
     is_token = (tokens < end)[None, :, None]
     rows = rank_begin + tl.arange(0, RANK_STEP)
@@ -160,11 +180,15 @@ def shrink(  # type: ignore[no-untyped-def]
     x_ptrs = x_ptr + tokens.to(tl.int64)[None, :, None] * x_stride
     residual_ptrs = residual_ptr + tokens.to(tl.int64)[None, :, None] * residual_stride
     weight_ptrs = arena_ptr + rank_row_offsets(page_ptr, rows, rank, width)[None, :, None]
+    if IS_INT8:
+        weight_ptrs += _SCALES_ELEMENTS
     acc = tl.zeros((WARPS, TOKENS, RANK_STEP), tl.float32)
     for chunk in range(begin, stop, WARPS * BLOCK_K):
         column = chunk + lanes
         is_column = column < stop
-        weight = tl.trans(tl.load(weight_ptrs + column, mask=is_row & is_column, other=0.0), (0, 2, 1))
+        weight = tl.trans(tl.load(weight_ptrs + column, mask=is_row & is_column, other=0), (0, 2, 1))
+        if IS_INT8:
+            weight = from_int8(weight, tl.bfloat16 if HAS_RESIDUAL else x_ptr.dtype.element_ty)
         if HAS_RESIDUAL:
             x = tl.load(x_ptrs + column, mask=is_token & (column < x_stop), other=0.0).to(tl.float32)
             x += tl.load(residual_ptrs + column, mask=is_token & (column < residual_stop), other=0.0)
@@ -174,7 +198,10 @@ def shrink(  # type: ignore[no-untyped-def]
             if x.dtype != weight.dtype:
                 x, weight = x.to(tl.float32), weight.to(tl.float32)
             acc = dot(x, weight, acc)
-    return tl.sum(acc, 0)
+    inner = tl.sum(acc, 0)
+    if IS_INT8:
+        inner *= row_scales(arena_ptr, page_ptr, rows, rank, False)[None, :]
+    return inner
 
 
 @triton.jit
@@ -201,7 +228,9 @@ def expand(  # type: ignore[no-untyped-def]
     for rank_begin in range(0, rank, RANK_STEP):
         rows = rank_begin + tl.arange(0, RANK_STEP)
         weight_ptrs = arena_ptr + rank_row_offsets(page_ptr, rows, rank, width)[:, None] + columns[None, :]
-        weight = tl.load(weight_ptrs, mask=(rows < rank)[:, None] & (columns < width)[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=(rows < rank)[:, None] & (columns < width)[None, :], other=0)
+        if weight.dtype == tl.int8:
+            weight = from_int8(weight, tl.bfloat16)
         part = inner_ptrs(inner_ptr, rank_begin, RANK_ROOM)
         inner = tl.load(part)
         for split in range(1, splits):
