@@ -1,6 +1,7 @@
 """End to end: a real server under load, against PEFT's `generate` on the same prompts in the same run.
 
 Usage: python bench/serving.py [--quick] [--out FOLDER] [--rounds N] [--model MODEL] [--int8-activations]
+       [--adapter-dtype auto|model|int8]
 
 The load is `peftserve loadtest`'s: a fixed number of streams over HTTP, random prompts, all answers of full length. The
 client shares the machine's cores with the server. PEFT gets the prompts of each load in batches of as many as there
@@ -122,6 +123,7 @@ def main(
     model: options.Model = options.DEFAULT_MODEL,
     data_dir: options.DataDir = options.DEFAULT_DATA_DIR,
     int8_activations: Annotated[bool, typer.Option("--int8-activations", help="The server's setting")] = False,
+    adapter_dtype: Annotated[str, typer.Option(help="The server's setting")] = "auto",
 ) -> None:
     """Serve 1, 8, 32 and 64 streams of the base, of the base with LoRAs, and of the whole mix."""
     checkpoint = options.prepared(model, data_dir)
@@ -136,7 +138,11 @@ def main(
         }
         peft = PeftBaseline(checkpoint, {name: adapters[name] for name in LORAS})
         flags = [f"--model={checkpoint}", f"--data-dir={folder}/data", "--port=0", "--grpc-port=0"]
-        flags += [f"--threads={threads}", "--int8-activations" if int8_activations else "--no-int8-activations"]
+        flags += [
+            f"--threads={threads}",
+            f"--adapter-dtype={adapter_dtype}",
+            "--int8-activations" if int8_activations else "--no-int8-activations",
+        ]
         with running_server(flags, Path(folder) / "server.log") as server:
             with Client(server.url) as client:
                 for name, path in adapters.items():
@@ -155,6 +161,7 @@ def main(
             "max_tokens": load.max_tokens,
             "waves": load.waves,
             "int8_activations": int8_activations,
+            "adapter_dtype": adapter_dtype,
         },
         results={"loads": [entry.summary() for entry in measured], "ratios": ratios, "memory_bytes": memory},
     )

@@ -50,6 +50,7 @@ const Ops& amx_ops() {
     Ops all = avx512_vnni::kOps;
     all.nf4_linear = amx_bf16::nf4_linear;
     all.linear_logits = amx_bf16::linear_logits;
+    all.own_rows = false;
     return all;
   }();
   return ops;

@@ -134,7 +134,8 @@ const LoraAdd& lora(const void* args) { return *static_cast<const LoraAdd*>(args
 
 void plan_lora(const LoraAdd& args, LowRankPlan& plan) {
   plan.make({args.start, args.slot, args.arena, args.rank, args.a_page, args.b_page, args.slice, args.arena_dtype,
-             args.columns, args.segments, args.slices, args.layer, args.layers, args.targets, args.pages, args.threads},
+             args.columns, args.segments, args.slices, args.layer, args.layers, args.targets, args.pages, args.threads,
+             args.own_rows && args.tokens >= args.threads * kOwnRows},
             {kTokenBlock, kPanel});
 }
 

@@ -24,7 +24,7 @@ std::int32_t narrow(std::int64_t value) { return static_cast<std::int32_t>(value
 bool same_tables(const LowRankFactors& a, const LowRankFactors& b) {
   const auto key = [](const LowRankFactors& f) {
     return std::tuple(f.start, f.slot, f.segments, f.arena, f.rank, f.a_page, f.b_page, f.arena_dtype, f.columns, f.slices,
-                      f.layers, f.targets, f.pages, f.threads);
+                      f.layers, f.targets, f.pages, f.threads, f.by_rows);
   };
   return key(a) == key(b) && std::equal(a.slice, a.slice + a.slices, b.slice);
 }
@@ -150,24 +150,34 @@ void LowRankPlan::cut_shrinks(const LowRankFactors& factors, std::int64_t total)
   share_out(shrinks_, [](const LowRankPart& part) { return std::int64_t{part.end - part.first} * part.width; });
 }
 
-// In order of columns: a slice is cut at the same ones in all blocks.
+// In order of columns, or of rows, as y was shared out. A slice is cut at the same columns in all blocks.
 void LowRankPlan::cut_expands(const LowRankFactors& factors, const LowRankTiles& tiles) {
   // As many columns a piece as make kParts parts a thread, but one thread never needs all.
   const auto count = static_cast<std::int64_t>(blocks_.size());
   const std::int64_t pieces = team_ == 1 || count == 0 ? 1 : team_ * (1 + (kParts - 1) * factors.slices / count);
   expands_.parts.clear();
-  for (std::int64_t slice = 0; slice < factors.slices; ++slice) {
+  const auto add = [&](std::int64_t index, std::int64_t first, std::int64_t columns) {
+    const LowRankBlock& block = this->block(index);
+    expands_.parts.push_back({factors.b_page + block.table * factors.pages, narrow(index), narrow(first),
+                              narrow(first + columns), narrow(block.rank), narrow(factors.slice[block.slice].outputs),
+                              narrow(cost(block, block.rank, columns))});
+  };
+  const auto for_pieces = [&](std::int64_t slice, const auto& body) {
     const std::int64_t outputs = factors.slice[slice].outputs;
     const std::int64_t step = round_up((outputs + pieces - 1) / pieces, tiles.columns);
-    for (std::int64_t first = 0; first < outputs; first += step) {
-      const std::int64_t columns = std::min(outputs - first, step);
-      for (std::int64_t index = 0; index < count; ++index) {
-        const LowRankBlock& block = this->block(index);
-        if (block.slice != slice) continue;
-        expands_.parts.push_back({factors.b_page + block.table * factors.pages, narrow(index), narrow(first),
-                                  narrow(first + columns), narrow(block.rank), narrow(outputs),
-                                  narrow(cost(block, block.rank, columns))});
-      }
+    for (std::int64_t first = 0; first < outputs; first += step) body(first, std::min(outputs - first, step));
+  };
+  if (factors.by_rows) {
+    for (std::int64_t index = 0; index < count; ++index) {
+      for_pieces(block(index).slice, [&](std::int64_t first, std::int64_t columns) { add(index, first, columns); });
+    }
+  } else {
+    for (std::int64_t slice = 0; slice < factors.slices; ++slice) {
+      for_pieces(slice, [&](std::int64_t first, std::int64_t columns) {
+        for (std::int64_t index = 0; index < count; ++index) {
+          if (block(index).slice == slice) add(index, first, columns);
+        }
+      });
     }
   }
   share_out(expands_, [](const LowRankPart& part) { return std::int64_t{part.end - part.first} * part.rank; });

@@ -28,6 +28,7 @@ struct LowRankFactors {
   Dtype arena_dtype;
   std::int64_t columns, segments, slices, layer, layers, targets, pages;
   int threads;
+  bool by_rows;  // whether the threads computed rows of y, not columns
 };
 
 // Some tokens of one segment in one slice.

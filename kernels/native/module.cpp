@@ -124,7 +124,8 @@ NB_MODULE(_native, m) {
     LoraAdd args{at<void>(y), at<void>(x), at<std::int32_t>(start), at<std::int32_t>(slot), at<void>(arena),
                  at<std::int32_t>(rank), at<float>(scale), at<std::int64_t>(row_scale), at<std::int64_t>(a_page),
                  at<std::int64_t>(b_page), {}, static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype), tokens,
-                 columns, y_stride, segments, 0, layer, layers, targets, pages, threads, nullptr};
+                 columns, y_stride, segments, 0, layer, layers, targets, pages, current->own_rows,
+                 threads, nullptr};
     read_slices(slices, args);
     call(current->lora_add, args,
          Planned<LoraAdd, LowRankPlan>{current->plan_lora, {1, 1}, current->lora_begin, current->lora_end});
@@ -141,7 +142,7 @@ NB_MODULE(_native, m) {
                        at<std::int64_t>(down_page), at<std::int64_t>(up_page), at<std::int64_t>(down_bias),
                        at<std::int64_t>(up_bias), at<std::int32_t>(activation), at<std::int32_t>(input_mode),
                        static_cast<Dtype>(dtype), static_cast<Dtype>(arena_dtype), tokens, columns, segments, layer,
-                       site, layers, pages, threads, nullptr},
+                       site, layers, pages, current->own_rows, threads, nullptr},
          Planned<BottleneckAdd, LowRankPlan>{current->plan_bottleneck, {1, 1}});
   });
   m.def("sample", [](Address logits, Address temperature, Address top_k, Address top_p, Address min_p,

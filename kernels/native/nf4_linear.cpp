@@ -186,7 +186,6 @@ class Product {
 
   // With rows enough to be worth decoding all weights for, each thread computes all outputs of rows of its own. It then reads
   // no x that another core packed, and writes mostly the rows that it reads next (measured: 164 rows 14 % faster, 512 3 %).
-  static constexpr std::int64_t kOwnRows = kChunkRows / 2;
   void own_rows(int team) const {
     parallel_ranges(team, args_.rows, [&](std::int64_t begin, std::int64_t end) {
       for_chunks(begin, end, [&](std::int64_t first, std::int64_t rows) { packed_chunk(first, rows, 0, groups_); });

@@ -27,6 +27,7 @@ const Ops kOps{
 #else
     .int8_inputs = false,
 #endif
+    .own_rows = true,
 };
 
 }  // namespace peftserve::PEFTSERVE_ISA

@@ -111,6 +111,9 @@ struct PagedAttention {
   AttentionPlan* plan;  // made for just these arguments; or null
 };
 
+// From so many rows a thread on, an NF4 product gives each thread rows of its own, and else outputs.
+constexpr std::int64_t kOwnRows = 64;
+
 struct LoraAdd {
   static constexpr std::int64_t kMostSlices = 8;  // modules in one merged linear layer; three is the most so far
   struct Slice {
@@ -130,6 +133,7 @@ struct LoraAdd {
   Slice slice[kMostSlices];       // the first `slices` of them
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, y_stride, segments, slices, layer, layers, targets, pages;
+  bool own_rows;  // Ops::own_rows
   int threads;
   LowRankPlan* plan;  // made for just these arguments; or null
 };
@@ -151,6 +155,7 @@ struct BottleneckAdd {
   const std::int32_t* input_mode;  // [slots]
   Dtype dtype, arena_dtype;
   std::int64_t tokens, columns, segments, layer, site, layers, pages;
+  bool own_rows;  // Ops::own_rows
   int threads;
   LowRankPlan* plan;  // made for just these arguments; or null
 };
@@ -187,6 +192,7 @@ struct Ops {
   void (*lora_begin)(const void*, int);
   void (*lora_end)(const void*, int);
   bool int8_inputs;  // whether nf4_linear has them
+  bool own_rows;     // whether nf4_linear shares out rows from kOwnRows a thread on
 };
 
 // With tiles (AMX): what is not here is avx512_vnni's.
