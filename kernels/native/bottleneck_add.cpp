@@ -150,7 +150,7 @@ void plan_bottleneck(const BottleneckAdd& args, LowRankPlan& plan) {
   const LoraAdd::Slice all{args.site, 0, args.columns};
   plan.make({args.start, args.slot, args.arena, args.width, args.down_page, args.up_page, &all, args.arena_dtype,
              args.columns, args.segments, 1, args.layer, args.layers, kSites, args.pages, args.threads,
-             args.own_rows && args.tokens >= args.threads * kOwnRows},
+             is_by_rows(args)},
             {kTokenBlock, kPanel});
 }
 

@@ -91,7 +91,8 @@ class Update {
     const Vec scale = broadcast(args_.scale[plan_.table(block)]);
     const std::int64_t y_stride = args_.y_stride, row_scale = args_.row_scale[plan_.table(block)];
     T* y = y_ + block.token * y_stride + slice.offset;
-    const VectorOf<W>* excess = row_scale < 0 ? nullptr : vector_at(arena_, row_scale);  // of g over 1, and then what is added
+    // Of g over 1, and then what is added.
+    const VectorOf<W>* excess = row_scale < 0 ? nullptr : vector_at(arena_, row_scale);
     const auto add_to = [&](std::int64_t m, const float* sums) {
       T* to = y + m * y_stride + part.first;
       for_vectors_as<kSplit>(columns.count(), [&](std::int64_t at, auto n, int lanes) __attribute__((always_inline)) {
@@ -135,7 +136,7 @@ const LoraAdd& lora(const void* args) { return *static_cast<const LoraAdd*>(args
 void plan_lora(const LoraAdd& args, LowRankPlan& plan) {
   plan.make({args.start, args.slot, args.arena, args.rank, args.a_page, args.b_page, args.slice, args.arena_dtype,
              args.columns, args.segments, args.slices, args.layer, args.layers, args.targets, args.pages, args.threads,
-             args.own_rows && args.tokens >= args.threads * kOwnRows},
+             is_by_rows(args)},
             {kTokenBlock, kPanel});
 }
 

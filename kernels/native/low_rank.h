@@ -55,6 +55,12 @@ inline Factor<W> second_factor(const LowRankPlan& plan, const LowRankPart& part,
   return {arena, plan.pages(part), part.rank, part.width};
 }
 
+// Whether the product before gave each thread rows of y, not columns: of a LoraAdd or a BottleneckAdd.
+template <class Args>
+inline bool is_by_rows(const Args& args) {
+  return args.own_rows && args.tokens >= args.threads * kOwnRows;
+}
+
 // What an arena of W holds besides pages is of this type.
 template <class W>
 using VectorOf = std::conditional_t<std::is_same_v<W, Int8>, Bf16, W>;

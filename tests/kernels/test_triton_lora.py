@@ -43,7 +43,8 @@ def check(
     actual, expected = before.clone(), before.clone()
     op.lora_add_reference(expected, x, segments, weights, 1, slices)
     gpu.lora_add(actual, x, segments, weights, 1, slices)
-    assert_near(actual, expected)
+    # of a few outputs that nearly cancel, float32 sums in another order are off by a little more
+    assert_near(actual, expected, float32_place=2e-6)
     inside = torch.zeros(tokens, dtype=torch.bool)
     for start, end, _ in segments.bounds:
         inside[start:end] = True

@@ -87,4 +87,5 @@ class DeviceQuota:
 
     def _bytes(self, record: AdapterRecord) -> int:
         needed = device_bytes(record.details, self.adapter_dtype)
-        return record.size_bytes if needed is None else needed  # which is near enough
+        # Versions published before there was a count: as many bytes as the file, which is near enough.
+        return record.size_bytes if needed is None else needed
